@@ -46,7 +46,7 @@ def decode(text: str, table: Mapping[str, type[M]]) -> M:
     if not isinstance(document, dict):
         raise ProtocolError("frame", "must be an object")
     name = document.get("type")
-    kind = table.get(name) if isinstance(name, str) else None
+    kind: Any = table.get(name) if isinstance(name, str) else None
     if kind is None:
         raise ProtocolError("type", f"must be one of {', '.join(sorted(table))}, got {str(name)[:50]!r}")
     decoded: M = _record(kind)(document, kind.type)
@@ -92,9 +92,9 @@ def _record(kind: Any) -> _Check:
 
 
 def _checker(hint: Any) -> _Check:
+    if hint in _SCALARS:
+        return _SCALARS[hint]
     origin, args = get_origin(hint), get_args(hint)
-    if is_dataclass(hint):
-        return _record(hint)
     if origin is tuple:
         return _tuple_of(_checker(args[0]))
     if origin is Literal:
@@ -102,7 +102,7 @@ def _checker(hint: Any) -> _Check:
     if origin is UnionType or origin is typing.Union:
         (inner,) = (arg for arg in args if arg is not NoneType)
         return _optional(_checker(inner))
-    return _SCALARS[hint]
+    return _record(hint)
 
 
 def _tuple_of(check_item: _Check) -> _Check:
