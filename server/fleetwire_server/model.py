@@ -1,0 +1,152 @@
+"""The server's own records, as stored. No I/O. Times are Unix seconds of the server's clock, ids are opaque text."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+
+class Role(StrEnum):
+    """What a user may do; each role includes the ones before it."""
+
+    VIEWER = "viewer"
+    OPERATOR = "operator"
+    ADMIN = "admin"
+
+    def includes(self, other: "Role") -> bool:
+        order = list(Role)
+        return order.index(self) >= order.index(other)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class User:
+    name: str
+    role: Role
+    password_hash: str  # argon2id, with its parameters
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserSession:
+    """A login. The token itself is never stored."""
+
+    token_hash: str  # SHA-256 of the token, hex
+    username: str
+    role: Role  # the user's role now, not the one at login
+    created_at: float
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamTicket:
+    """A token for one SSE request, so that no session token need be put into a URL."""
+
+    ticket_hash: str
+    session_token_hash: str
+    expires_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentKey:
+    key_hash: str
+    agent_id: str
+    created_at: float
+    expires_at: float | None  # set on the key that a rotation replaces
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agent:
+    """An enrolled host. What the agent reports of itself is empty until it was first seen."""
+
+    id: str
+    label: str
+    tags: tuple[str, ...] = ()
+    hostname: str = ""
+    ip: str = ""  # address the agent last came from
+    os: str = ""
+    version: str = ""  # of the agent software
+    facts: Mapping[str, str | int] = field(default_factory=dict)  # the rest of HostFacts
+    created_at: float
+    last_seen: float | None = None
+
+
+class CommandStatus(StrEnum):
+    """Where a command is in its life; the table of transitions is in core/command_states.py."""
+
+    QUEUED = "queued"
+    OFFERED = "offered"
+    ACCEPTED = "accepted"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    TIMED_OUT = "timed_out"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+    REJECTED = "rejected"
+    INTERRUPTED = "interrupted"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    id: str
+    agent_id: str
+    type: str
+    params: Mapping[str, str | int | float]
+    status: CommandStatus = CommandStatus.QUEUED
+    timeout_seconds: float
+    created_at: float
+    created_by: str
+    expires_at: float  # an agent that has not been offered it by then never is
+    offered_to: str | None = None  # instance id of the agent that was offered it
+    started_at: float | None = None
+    finished_at: float | None = None
+    cancel_requested_at: float | None = None
+    exit_code: int | None = None
+    stdout_bytes: int = 0  # written by the command, kept or not
+    stderr_bytes: int = 0
+    output_end: int = 0  # position after the last stored byte
+    truncated: bool = False  # some output was not kept
+    late: bool = False  # an end known as lost or interrupted was refined afterwards
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputPiece:
+    """Consecutive bytes of one stream of a command."""
+
+    position: int  # bytes of both streams before it
+    stream: Literal["stdout", "stderr"]
+    offset: int  # bytes of this stream before it
+    data: bytes
+
+    @property
+    def end(self) -> int:
+        return self.position + len(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MinuteRollup:
+    """What one agent's samples of one minute came to; sums, so that two halves of a minute can be added.
+
+    `sums` and `maxima` are keyed by the metric names of METRIC_NAMES; a metric without samples is missing."""
+
+    agent_id: str
+    minute: int  # Unix seconds, a multiple of 60
+    counts: Mapping[str, int]
+    sums: Mapping[str, float]
+    maxima: Mapping[str, float]
+
+
+METRIC_NAMES = (
+    "cpu_percent",
+    "mem_percent",
+    "disk_percent",
+    "swap_percent",
+    "load1",
+    "received_bytes_per_second",
+    "sent_bytes_per_second",
+    "read_bytes_per_second",
+    "written_bytes_per_second",
+)
+"""The metrics kept as history: the last four are totals over all interfaces and disks."""
