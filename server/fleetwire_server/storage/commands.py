@@ -1,0 +1,309 @@
+"""Commands and their output. Pieces of output are addressed by position, see fleetwire_shared.messages."""
+
+import json
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Literal, TypedDict, Unpack
+
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from fleetwire_server.model import Command, CommandStatus, OutputPiece
+from fleetwire_shared.errors import NotFoundError
+
+from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
+
+OPEN_STATUSES = (CommandStatus.QUEUED, CommandStatus.OFFERED, CommandStatus.ACCEPTED, CommandStatus.RUNNING)
+"""In these a command is not over. `lost` and `interrupted` are ends, though a late truth may refine them."""
+
+_OPEN = tuple(status.value for status in OPEN_STATUSES)
+_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+
+
+class CommandChanges(TypedDict, total=False):
+    """What `update_command` can set; names and meanings are those of Command."""
+
+    status: CommandStatus
+    timeout_seconds: float
+    expires_at: float
+    offered_to: str | None
+    started_at: float | None
+    finished_at: float | None
+    cancel_requested_at: float | None
+    exit_code: int | None
+    stdout_bytes: int
+    stderr_bytes: int
+    truncated: bool
+    late: bool
+    error: str | None
+
+
+def add_command(connection: Connection, command: Command) -> None:
+    """Raises NotFoundError when the agent was deleted meanwhile."""
+    if connection.execute(select(AGENTS.c.id).where(AGENTS.c.id == command.agent_id)).one_or_none() is None:
+        raise NotFoundError(f"there is no agent {command.agent_id}")
+    connection.execute(
+        insert(COMMANDS).values(
+            id=command.id,
+            agent_id=command.agent_id,
+            type=command.type,
+            params=json.dumps(dict(command.params), separators=(",", ":")),
+            status=command.status.value,
+            timeout_seconds=command.timeout_seconds,
+            created_at=command.created_at,
+            created_by=command.created_by,
+            expires_at=command.expires_at,
+            offered_to=command.offered_to,
+            started_at=command.started_at,
+            finished_at=command.finished_at,
+            cancel_requested_at=command.cancel_requested_at,
+            exit_code=command.exit_code,
+            stdout_bytes=command.stdout_bytes,
+            stderr_bytes=command.stderr_bytes,
+            output_end=command.output_end,
+            truncated=command.truncated,
+            late=command.late,
+            error=command.error,
+        )
+    )
+
+
+def get_command(connection: Connection, agent_id: str, command_id: str) -> Command | None:
+    """Return the command if it is of that agent."""
+    wanted = select(COMMANDS).where(COMMANDS.c.id == command_id, COMMANDS.c.agent_id == agent_id)
+    row = connection.execute(wanted).one_or_none()
+    return None if row is None else _command_from(row)
+
+
+def list_commands(connection: Connection, agent_id: str, limit: int = 100) -> list[Command]:
+    """Return the agent's last commands, newest first."""
+    newest = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id).order_by(COMMANDS.c.sequence.desc()).limit(limit)
+    return [_command_from(row) for row in connection.execute(newest)]
+
+
+def list_open(connection: Connection, agent_id: str) -> list[Command]:
+    """Return the agent's commands that are not over, oldest first."""
+    wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
+    return [_command_from(row) for row in connection.execute(wanted.order_by(COMMANDS.c.sequence))]
+
+
+def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
+    """Return queued commands whose time to be offered is over, oldest first."""
+    overdue = select(COMMANDS).where(COMMANDS.c.status == CommandStatus.QUEUED.value, COMMANDS.c.expires_at <= now)
+    return [_command_from(row) for row in connection.execute(overdue.order_by(COMMANDS.c.sequence).limit(limit))]
+
+
+def count_by_status(connection: Connection) -> dict[CommandStatus, int]:
+    """Return how many commands are stored in each status that occurs."""
+    rows = connection.execute(select(COMMANDS.c.status, func.count()).group_by(COMMANDS.c.status))
+    return {CommandStatus(status): count for status, count in rows}
+
+
+def update_command(
+    connection: Connection,
+    command_id: str,
+    expected_statuses: Collection[CommandStatus],
+    **changes: Unpack[CommandChanges],
+) -> Command | None:
+    """Change a command that is in one of the expected statuses and return it as it is now; else return None."""
+    rows = connection.execute(
+        update(COMMANDS)
+        .where(COMMANDS.c.id == command_id, COMMANDS.c.status.in_([status.value for status in expected_statuses]))
+        .values(dict(changes))
+        .returning(*COMMANDS.c)
+    )
+    row = rows.one_or_none()
+    return None if row is None else _command_from(row)
+
+
+def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputPiece], keep_bytes: int) -> int | None:
+    """Store pieces that come in order of position, and return the position after the last stored byte.
+
+    What is stored already is passed over, so pieces may be sent again. A gap before a piece marks the command as
+    truncated. Of each stream the first `keep_bytes / 2` bytes are kept, and of the rest the last `keep_bytes / 2`,
+    both to whole pieces; what falls out marks the command as truncated too.
+
+    Returns:
+        None when there is no such command (any more)."""
+    known = select(COMMANDS.c.output_end, COMMANDS.c.truncated).where(COMMANDS.c.id == command_id)
+    row = connection.execute(known).one_or_none()
+    if row is None:
+        return None
+    fresh, has_gap = _fresh_pieces(pieces, row.output_end)
+    if not fresh:
+        return int(row.output_end)
+    connection.execute(
+        insert(COMMAND_OUTPUT),
+        [
+            {"command_id": command_id, "position": p.position, "stream": p.stream, "offset": p.offset, "data": p.data}
+            for p in fresh
+        ],
+    )
+    deleted = sum(_delete_middle(connection, command_id, stream, fresh, keep_bytes // 2) for stream in _STREAMS)
+    connection.execute(
+        update(COMMANDS)
+        .where(COMMANDS.c.id == command_id)
+        .values(output_end=fresh[-1].end, truncated=bool(row.truncated or has_gap or deleted))
+    )
+    return fresh[-1].end
+
+
+def list_output(
+    connection: Connection,
+    command_id: str,
+    from_position: int,
+    limit_bytes: int,
+    stream: Literal["stdout", "stderr"] | None = None,
+) -> list[OutputPiece]:
+    """Return stored pieces from a position on, in order; of one stream only, when it is given.
+
+    A piece that the position lies in is cut. At least one piece is returned if any is there, and then as many as
+    begin within `limit_bytes` positions of it. Empty: nothing is stored from there on."""
+    of_command = COMMAND_OUTPUT.c.command_id == command_id
+    if stream is not None:
+        of_command &= COMMAND_OUTPUT.c.stream == stream
+    position = COMMAND_OUTPUT.c.position
+    start = connection.execute(
+        select(position)
+        .where(
+            of_command,
+            # A piece that began earlier may reach to here; the one before it cannot.
+            position >= func.coalesce(_last_position_before(command_id, from_position + 1), 0),
+            position + func.length(COMMAND_OUTPUT.c.data) > from_position,
+        )
+        .order_by(position)
+        .limit(1)
+    ).scalar_one_or_none()
+    if start is None:
+        return []
+    wanted = select(COMMAND_OUTPUT).where(
+        of_command, position >= start, position < max(start, from_position) + limit_bytes
+    )
+    return [_piece_from(row, from_position) for row in connection.execute(wanted.order_by(position))]
+
+
+def tail_output(connection: Connection, command_id: str, limit_bytes: int) -> list[OutputPiece]:
+    """Return what is stored of the last `limit_bytes` bytes of a command's output, in order."""
+    return tail_outputs(connection, [command_id], limit_bytes).get(command_id, [])
+
+
+def tail_outputs(connection: Connection, command_ids: Sequence[str], limit_bytes: int) -> dict[str, list[OutputPiece]]:
+    """Return `tail_output` of several commands; those without output are missing."""
+    start = COMMANDS.c.output_end - limit_bytes
+    earlier = COMMAND_OUTPUT.alias("earlier")
+    first = (
+        select(func.max(earlier.c.position))
+        .where(earlier.c.command_id == COMMANDS.c.id, earlier.c.position <= start)
+        .correlate(COMMANDS)
+        .scalar_subquery()
+    )
+    rows = connection.execute(
+        select(COMMAND_OUTPUT, COMMANDS.c.output_end)
+        .join_from(COMMANDS, COMMAND_OUTPUT)
+        .where(COMMANDS.c.id.in_(command_ids), COMMAND_OUTPUT.c.position >= func.coalesce(first, 0))
+        .order_by(COMMAND_OUTPUT.c.command_id, COMMAND_OUTPUT.c.position)
+    )
+    tails: dict[str, list[OutputPiece]] = {}
+    for row in rows:
+        piece = _piece_from(row, row.output_end - limit_bytes)
+        if piece.data:
+            tails.setdefault(row.command_id, []).append(piece)
+    return tails
+
+
+def delete_old_commands(connection: Connection, before: float, limit: int) -> int:
+    """Remove the oldest commands that are over and were made before then, with their output; return how many.
+
+    With `limit`, each call is a short transaction: call again while it returns that many."""
+    oldest = (
+        select(COMMANDS.c.sequence)
+        .where(COMMANDS.c.created_at < before, COMMANDS.c.status.not_in(_OPEN))
+        .order_by(COMMANDS.c.created_at)
+        .limit(limit)
+    )
+    return connection.execute(delete(COMMANDS).where(COMMANDS.c.sequence.in_(oldest))).rowcount
+
+
+def _fresh_pieces(pieces: Iterable[OutputPiece], output_end: int) -> tuple[list[OutputPiece], bool]:
+    """Return what of the pieces lies beyond `output_end`, and whether something before one of them is missing."""
+    fresh: list[OutputPiece] = []
+    has_gap = False
+    for piece in pieces:
+        if piece.end <= output_end:
+            continue
+        has_gap = has_gap or piece.position > output_end
+        fresh.append(_cut_before(piece, output_end))
+        output_end = piece.end
+    return fresh, has_gap
+
+
+def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:
+    """Return the piece without its bytes before `position`."""
+    cut = max(position - piece.position, 0)
+    if cut == 0:
+        return piece
+    return OutputPiece(
+        position=piece.position + cut, stream=piece.stream, offset=piece.offset + cut, data=piece.data[cut:]
+    )
+
+
+def _delete_middle(
+    connection: Connection,
+    command_id: str,
+    stream: Literal["stdout", "stderr"],
+    fresh: Iterable[OutputPiece],
+    half_bytes: int,
+) -> int:
+    """Remove pieces that the stream's head and tail no longer cover; return how many.
+
+    The index on (command, stream, offset) leads to exactly these: what was before them is gone already."""
+    stream_end = max((piece.offset + len(piece.data) for piece in fresh if piece.stream == stream), default=0)
+    tail_offset = stream_end - half_bytes
+    if tail_offset <= half_bytes:
+        return 0
+    offset = COMMAND_OUTPUT.c.offset
+    return connection.execute(
+        delete(COMMAND_OUTPUT).where(
+            COMMAND_OUTPUT.c.command_id == command_id,
+            COMMAND_OUTPUT.c.stream == stream,
+            offset >= half_bytes,
+            offset < tail_offset,
+            offset + func.length(COMMAND_OUTPUT.c.data) <= tail_offset,
+        )
+    ).rowcount
+
+
+def _last_position_before(command_id: str, position: int) -> Any:
+    return (
+        select(func.max(COMMAND_OUTPUT.c.position))
+        .where(COMMAND_OUTPUT.c.command_id == command_id, COMMAND_OUTPUT.c.position < position)
+        .scalar_subquery()
+    )
+
+
+def _piece_from(row: Row[Any], from_position: int) -> OutputPiece:
+    stored = OutputPiece(position=row.position, stream=row.stream, offset=row.offset, data=row.data)
+    return _cut_before(stored, from_position)
+
+
+def _command_from(row: Row[Any]) -> Command:
+    return Command(
+        id=row.id,
+        agent_id=row.agent_id,
+        type=row.type,
+        params=json.loads(row.params),
+        status=CommandStatus(row.status),
+        timeout_seconds=row.timeout_seconds,
+        created_at=row.created_at,
+        created_by=row.created_by,
+        expires_at=row.expires_at,
+        offered_to=row.offered_to,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+        cancel_requested_at=row.cancel_requested_at,
+        exit_code=row.exit_code,
+        stdout_bytes=row.stdout_bytes,
+        stderr_bytes=row.stderr_bytes,
+        output_end=row.output_end,
+        truncated=row.truncated,
+        late=row.late,
+        error=row.error,
+    )
