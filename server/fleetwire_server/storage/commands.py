@@ -284,21 +284,26 @@ def _piece_from(row: Row[Any], from_position: int) -> OutputPiece:
     return _cut_before(stored, from_position)
 
 
+def _float_or_none(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
 def _command_from(row: Row[Any]) -> Command:
+    # SQLite's RETURNING gives whole floats as integers: hence float().
     return Command(
         id=row.id,
         agent_id=row.agent_id,
         type=row.type,
         params=json.loads(row.params),
         status=CommandStatus(row.status),
-        timeout_seconds=row.timeout_seconds,
-        created_at=row.created_at,
+        timeout_seconds=float(row.timeout_seconds),
+        created_at=float(row.created_at),
         created_by=row.created_by,
-        expires_at=row.expires_at,
+        expires_at=float(row.expires_at),
         offered_to=row.offered_to,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-        cancel_requested_at=row.cancel_requested_at,
+        started_at=_float_or_none(row.started_at),
+        finished_at=_float_or_none(row.finished_at),
+        cancel_requested_at=_float_or_none(row.cancel_requested_at),
         exit_code=row.exit_code,
         stdout_bytes=row.stdout_bytes,
         stderr_bytes=row.stderr_bytes,

@@ -35,6 +35,8 @@ def parse_database_url(url: str) -> URL:
         raise InvalidError("the database URL must be like sqlite:////var/lib/fleetwire-server/fleetwire.db") from err
     if parts.get_backend_name() != "sqlite":
         raise InvalidError(f"the database must be SQLite (sqlite:///FILE), got {parts.get_backend_name()}")
+    if parts.query:
+        raise InvalidError("the database URL must have no question mark: SQLite takes no options from it here")
     if not parts.database or parts.database == ":memory:":
         # Each connection would have a database of its own.
         raise InvalidError(expected)
@@ -62,21 +64,22 @@ def prepare_file(path: Path) -> None:
         raise UnavailableError(f"the database cannot be opened: {err}") from err
 
 
-def create_setup_engine(url: str) -> Engine:
-    """Return an engine for the blocking work of a start: WAL mode and migrations."""
-    engine = create_engine(parse_database_url(url).set(drivername="sqlite+pysqlite"), **_CONNECT)
-    _set_up(engine, begin="BEGIN IMMEDIATE", pragmas=("PRAGMA journal_mode = WAL", *_WRITER_PRAGMAS))
-    return engine
-
-
-def create_write_engine(url: str) -> AsyncEngine:
-    """Return the engine of the one writer.
+def create_write_engine(url: str) -> Engine:
+    """Return the blocking engine of migrations and of the one writer.
 
     Its transactions take the write lock when they begin: one that upgrades later is refused at once, unwaited."""
-    engine = create_async_engine(
-        parse_database_url(url).set(drivername="sqlite+aiosqlite"), pool_size=1, max_overflow=0, **_CONNECT
+    engine = create_engine(parse_database_url(url).set(drivername="sqlite+pysqlite"), **_CONNECT)
+    _set_up(
+        engine,
+        begin="BEGIN IMMEDIATE",
+        pragmas=(
+            "PRAGMA journal_mode = WAL",
+            # With NORMAL a power cut lost acknowledged rows; the grouping writer pays for FULL.
+            "PRAGMA synchronous = FULL",
+            "PRAGMA foreign_keys = ON",
+            f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}",
+        ),
     )
-    _set_up(engine.sync_engine, begin="BEGIN IMMEDIATE", pragmas=_WRITER_PRAGMAS)
     return engine
 
 
@@ -93,13 +96,6 @@ def create_read_engine(url: str) -> AsyncEngine:
 
 
 _CONNECT = {"connect_args": {"timeout": BUSY_TIMEOUT_SECONDS}}
-
-_WRITER_PRAGMAS = (
-    # With NORMAL a power cut lost acknowledged rows; the grouping writer pays for FULL.
-    "PRAGMA synchronous = FULL",
-    "PRAGMA foreign_keys = ON",
-    f"PRAGMA journal_size_limit = {WAL_KEPT_BYTES}",
-)
 
 
 def _set_up(engine: Engine, *, begin: str, pragmas: tuple[str, ...]) -> None:
