@@ -5,11 +5,14 @@ and never by init. That is what makes "nothing is left running" provable without
 
 import asyncio
 import errno
+import fcntl
 import logging
 import os
 import signal
 import subprocess
+import termios
 import time
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -48,6 +51,14 @@ class Pipe:
             except BlockingIOError:
                 await self._wait_until_readable(self._descriptor)
         return b""
+
+    def read_rest(self) -> bytes:
+        """Return what is in the pipe now, without waiting."""
+        if self._descriptor is None:
+            return b""
+        available = array("i", [0])
+        fcntl.ioctl(self._descriptor, termios.FIONREAD, available)
+        return os.read(self._descriptor, available[0]) if available[0] else b""
 
     async def _wait_until_readable(self, descriptor: int) -> None:
         loop = asyncio.get_running_loop()

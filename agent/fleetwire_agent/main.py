@@ -1,0 +1,95 @@
+"""The agent's life: joins the parts, runs their loops in one TaskGroup, ends them within two seconds."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import time
+from contextlib import suppress
+from typing import Final
+
+from fleetwire_agent.channels import Channels
+from fleetwire_agent.collectors import Sampler
+from fleetwire_agent.commands import Commands
+from fleetwire_agent.config import AgentConfig
+from fleetwire_agent.host import read_host_facts
+from fleetwire_agent.ledger import Ledger
+from fleetwire_agent.processes import Spawner
+from fleetwire_agent.session import Dialer, Outbox, Session
+from fleetwire_shared.limits import METRICS_SECONDS
+
+FLUSH_SECONDS: Final = 0.8
+"""How long the end waits for the server to store the last results."""
+
+HARD_STOP_SECONDS: Final = 1.8
+"""After a signal, when the agent leaves whatever still hangs (a read of a dead disk in a thread)."""
+
+_log = logging.getLogger(__name__)
+
+
+async def run_agent(config: AgentConfig) -> None:
+    """Serve until SIGTERM or SIGINT. Returns when every command is dead and the server has been told, or is away."""
+    stop = _stop_on_signals()
+    with Spawner(config.command_environment) as spawner:
+        ledger = Ledger()
+        outbox = Outbox()
+        commands = Commands(spawner=spawner, ledger=ledger, max_at_once=config.max_commands_at_once)
+        dialer = Dialer(config)
+        channels = Channels(
+            dial=dialer.channel, send=outbox.send, spawn=spawner, journal_directory=config.journal_directory
+        )
+        session = Session(
+            dial=dialer.control,
+            instance_id=secrets.token_hex(16),
+            read_host=read_host_facts,
+            outbox=outbox,
+            ledger=ledger,
+            commands=commands,
+            open_channel=channels.open,
+        )
+        async with asyncio.TaskGroup() as group:
+            loops = (commands.serve(), channels.serve(), session.run(), report_metrics(session, outbox))
+            tasks = [group.create_task(loop) for loop in loops]
+            try:
+                await stop.wait()
+                _log.info("stopping")
+            finally:  # also when a loop crashed: what the commands started must not outlive the agent
+                await commands.stop()
+            await _flush(ledger, outbox)
+            for task in tasks:
+                task.cancel()
+
+
+async def report_metrics(session: Session, outbox: Outbox) -> None:
+    """Sample at the server's interval and offer the newest report to the link, until cancelled.
+
+    Samples also while the server is away: rates need a recent reading, and the first report goes out at once."""
+    sampler = await asyncio.to_thread(Sampler)
+    next_at = time.monotonic()
+    while True:
+        outbox.put_report(await asyncio.to_thread(sampler.sample))
+        next_at = max(next_at + (session.metrics_seconds or METRICS_SECONDS), time.monotonic())
+        await asyncio.sleep(next_at - time.monotonic())
+
+
+def _stop_on_signals() -> asyncio.Event:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def note_signal() -> None:
+        if not stop.is_set():
+            loop.call_later(HARD_STOP_SECONDS, os._exit, 1)  # runs also while the loop waits for its threads
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, note_signal)
+    return stop
+
+
+async def _flush(ledger: Ledger, outbox: Outbox) -> None:
+    """Give the server a moment to store the results of what was interrupted, if it is there at all."""
+    if outbox.is_open:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_SECONDS):
+                await ledger.is_reported.wait()
