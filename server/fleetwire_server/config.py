@@ -50,6 +50,11 @@ class ServerConfig:
         """`host:port`, an IPv6 address in brackets."""
         return _join_address(self.listen_host, self.listen_port)
 
+    @property
+    def spool_dir(self) -> Path:
+        """Directory of files on their way to an agent; whatever is in it at a start is left over."""
+        return self.data_dir / "spool"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:

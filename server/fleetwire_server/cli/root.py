@@ -52,8 +52,9 @@ def openapi() -> None:
     """Print the OpenAPI document of the HTTP API."""
     # Loads the whole HTTP side, which the other commands need not wait for.
     from fleetwire_server.http.openapi import build_document
+    from fleetwire_server.http.routes import ROUTES
 
-    click.echo(json.dumps(build_document(), indent=2, ensure_ascii=False))
+    click.echo(json.dumps(build_document(ROUTES), indent=2, ensure_ascii=False))
 
 
 root.add_command(user)

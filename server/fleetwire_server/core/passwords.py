@@ -34,7 +34,7 @@ def hash_password(password: str) -> str:
     return _HASHER.hash(encoded)
 
 
-def verify_password(password: str, password_hash: str | None) -> bool:
+def verify_password(password_hash: str | None, password: str) -> bool:
     """Return whether it is the password of that hash.
 
     With None (there is no such user) this takes as long and is False: the time does not tell who exists."""

@@ -24,10 +24,10 @@ def hash_token(token: str) -> str:
 def new_agent_key(random_bytes: RandomBytes = os.urandom) -> tuple[str, str]:
     """Return the id of a new agent and its key."""
     agent_id = f"agent_{_new_id(16, random_bytes)}"
-    return agent_id, renew_agent_key(agent_id, random_bytes)
+    return agent_id, new_key_for(agent_id, random_bytes)
 
 
-def renew_agent_key(agent_id: str, random_bytes: RandomBytes = os.urandom) -> str:
+def new_key_for(agent_id: str, random_bytes: RandomBytes = os.urandom) -> str:
     """Return another key for an agent."""
     return f"agt_{agent_id.removeprefix('agent_')}_{new_token(random_bytes)}"
 

@@ -50,6 +50,14 @@ def database_file(url: str) -> Path:
     return Path(database)
 
 
+def prepare_directory(path: Path) -> None:
+    """Make a directory (0700), and those above it, where they are missing. Raises UnavailableError."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as err:
+        raise UnavailableError(f"the directory cannot be made: {err}") from err
+
+
 def prepare_file(path: Path) -> None:
     """Make the database's directory (0700) and an empty file (0600) where they are missing.
 
@@ -57,8 +65,8 @@ def prepare_file(path: Path) -> None:
 
     Raises:
         UnavailableError: the operating system refused it."""
+    prepare_directory(path.parent)
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
     except OSError as err:
         raise UnavailableError(f"the database cannot be opened: {err}") from err

@@ -23,6 +23,9 @@ from .engines import check_sqlite, create_read_engine, create_write_engine, data
 from .engines import prepare_file as prepare_database_file
 from .migrations import upgrade
 
+# Connection too: core names it in its jobs' signatures, and knows no SQLAlchemy.
+__all__ = ["Connection", "Store", "open_store", "running_store"]
+
 T = TypeVar("T")
 
 MAX_QUEUED_JOBS = 10_000
