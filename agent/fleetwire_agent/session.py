@@ -52,6 +52,8 @@ PROTOCOL_REFUSED: Final = 4002
 REPLACED: Final = 4003
 """Close codes of the server that another attempt in a moment would only meet again."""
 
+GOING_AWAY: Final = 1001  # RFC 6455, 7.4.1
+
 HEALTHY_SECONDS: Final = 60.0
 """A link that lasted this long ends the backoff."""
 
@@ -291,7 +293,11 @@ class Session:
         self._welcomed_at = None
         try:
             async with self._dial() as socket:
-                await self._serve_link(socket)
+                try:
+                    await self._serve_link(socket)
+                except asyncio.CancelledError:
+                    await socket.close(GOING_AWAY, "the agent is stopping")
+                    raise
         except Exception as err:  # a border: judged by describe_failure, raised when it is no failure of the link
             if failure := describe_failure(err):
                 return failure
