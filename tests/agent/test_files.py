@@ -344,7 +344,7 @@ def test_without_nameless_files_a_hidden_name_is_used(tmp_path: Path, last_call:
         f"{last_call}; print(os.listdir(sys.argv[1]))"
     )
     # The first open is that of the directory, the second that of the nameless file.
-    trace = ["strace", "-qq", "-o", "/dev/null", "-P", tmp_path, "-e", "inject=openat:error=EOPNOTSUPP:when=2"]
+    trace = ["strace", "-qq", "-o", "/dev/null", "-P", str(tmp_path), "-e", "inject=openat:error=EOPNOTSUPP:when=2"]
     done = subprocess.run(
         [*trace, sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=False
     )
