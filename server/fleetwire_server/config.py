@@ -50,6 +50,14 @@ class ServerConfig:
         """`host:port`, an IPv6 address in brackets."""
         return _join_address(self.listen_host, self.listen_port)
 
+    def is_trusted_proxy(self, address: str) -> bool:
+        """Return whether what this peer says of its client's address is believed."""
+        try:
+            parsed = ipaddress.ip_address(address)
+        except ValueError:
+            return False
+        return any(parsed in network for network in self.trusted_proxies)
+
     @property
     def spool_dir(self) -> Path:
         """Directory of files on their way to an agent; whatever is in it at a start is left over."""

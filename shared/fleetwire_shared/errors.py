@@ -45,6 +45,16 @@ class TooLargeError(FleetwireError):
     code = "too_large"
 
 
+class RangeError(FleetwireError):
+    """A byte range outside the file. `size_bytes` is the file's size, None where that is not known."""
+
+    code = "range_not_satisfiable"
+
+    def __init__(self, message: str, *, size_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.size_bytes = size_bytes
+
+
 class RateLimitedError(FleetwireError):
     """Too many attempts. `retry_after_seconds` is when the next one is allowed."""
 
@@ -87,6 +97,7 @@ _BY_CODE: dict[str, type[FleetwireError]] = {
     kind.code: kind
     for kind in (
         InvalidError, UnauthorizedError, ForbiddenError, NotFoundError, ConflictError, TooLargeError,
+        RangeError,
         UnavailableError, PeerTimeoutError, PeerFailedError,
     )
 }  # fmt: skip

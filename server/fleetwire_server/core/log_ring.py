@@ -1,0 +1,140 @@
+"""The ring between one log tail and its viewers. A viewer is a number in it and holds nothing of its own."""
+
+import asyncio
+from dataclasses import dataclass
+
+RING_BYTES = 4 * 1024 * 1024
+READ_BYTES = 128 * 1024
+"""A viewer is given at most about this much at a time, which bounds what lies in its socket's buffer."""
+
+_DROPS_BEFORE_COMPACTION = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A framed event. `cursor` is None for what is not a line: gaps, rotations, waiting."""
+
+    frame: bytes
+    cursor: str | None
+
+
+class LogEndedError(Exception):
+    """The log cannot be followed any further; the text is for the viewer."""
+
+
+def last_cursor(entries: list[Entry]) -> str | None:
+    """Return the cursor of the last line among `entries`."""
+    return next((entry.cursor for entry in reversed(entries) if entry.cursor is not None), None)
+
+
+class LogRing:
+    """The last events of a tail, numbered from 0 on.
+
+    The writer waits while it is more than half the ring ahead of the fastest reader, so that reader never misses one;
+    a slower reader may find that its place was overwritten, and must fetch from the host what it missed."""
+
+    def __init__(self, *, ring_bytes: int = RING_BYTES) -> None:
+        self._ring_bytes = ring_bytes
+        self._entries: list[Entry] = []  # the first `_dropped` of them are gone
+        self._dropped = 0
+        self._base = 0  # number of _entries[0]
+        self._held_bytes = 0
+        self._ahead_bytes = 0  # written since the fastest reader's place
+        self._fastest = 0
+        self._numbers: dict[str, int] = {}  # cursor -> number
+        self._changed = asyncio.Event()
+        self._failure: LogEndedError | None = None
+
+    @property
+    def first(self) -> int:
+        return self._base + self._dropped
+
+    @property
+    def end(self) -> int:
+        return self._base + len(self._entries)
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def number_of(self, cursor: str) -> int | None:
+        """Return the number of the line with that cursor, None when it is not in the ring."""
+        return self._numbers.get(cursor)
+
+    def number_of_last_lines(self, lines: int) -> int | None:
+        """Return where the last `lines` lines begin, None when the ring does not hold that many."""
+        if lines == 0:
+            return self.end
+        if len(self._numbers) < lines:
+            return None
+        return list(self._numbers.values())[-lines]
+
+    async def write(self, entries: list[Entry]) -> None:
+        while self._ahead_bytes > self._ring_bytes // 2:
+            await self._changed.wait()
+        for entry in entries:
+            if entry.cursor is not None:
+                self._numbers[entry.cursor] = self.end
+            self._entries.append(entry)
+            self._held_bytes += len(entry.frame)
+            self._ahead_bytes += len(entry.frame)
+        while self._held_bytes > self._ring_bytes and self.end - self.first > 1:
+            self._drop_oldest()
+        self._wake()
+
+    def _drop_oldest(self) -> None:
+        entry = self._entries[self._dropped]
+        self._dropped += 1
+        self._held_bytes -= len(entry.frame)
+        if entry.cursor is not None:
+            self._numbers.pop(entry.cursor, None)
+        if self._dropped >= _DROPS_BEFORE_COMPACTION:
+            del self._entries[: self._dropped]
+            self._base += self._dropped
+            self._dropped = 0
+
+    def fail(self, reason: str) -> None:
+        """No more will be written; readers are told once they have read what is there."""
+        self._failure = LogEndedError(reason)
+        self._wake()
+
+    def _wake(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def read(self, number: int) -> list[Entry] | None:
+        """Wait for entries from `number` on; return up to READ_BYTES of them, None when `number` was overwritten.
+
+        Raises:
+            LogEndedError: the tail ended, and all that it wrote has been read."""
+        while number >= self.end:
+            if self._failure is not None:
+                raise self._failure
+            await self._changed.wait()
+        if number < self.first:
+            return None
+        taken, taken_bytes = [], 0
+        for index in range(number - self._base, len(self._entries)):
+            taken.append(self._entries[index])
+            taken_bytes += len(taken[-1].frame)
+            if taken_bytes >= READ_BYTES:
+                break
+        self._note_place(number + len(taken))
+        return taken
+
+    def _note_place(self, number: int) -> None:
+        if number > self._fastest:
+            passed = self._entries[max(self._fastest - self._base, self._dropped) : number - self._base]
+            self._ahead_bytes -= sum(len(entry.frame) for entry in passed)
+            self._fastest = number
+            self._wake()
+
+    async def wait_for_cursor(self, cursor: str, timeout_seconds: float) -> int | None:
+        """Return the number of that line, waiting a while for the tail to reach it; None when it does not."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                while (number := self.number_of(cursor)) is None:
+                    await self._changed.wait()
+                return number
+        except TimeoutError:
+            return None

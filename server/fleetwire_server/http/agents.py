@@ -1,0 +1,172 @@
+"""Agents: list, detail, enrolment, labels, keys, deletion; and the report an agent may send over plain HTTP."""
+
+from functools import partial
+
+from aiohttp import web
+
+from fleetwire_server.core.metrics import report_document
+from fleetwire_server.core.tokens import hash_token, new_agent_key, new_key_for
+from fleetwire_server.http.agent_socket import CLOSE_KEY_REVOKED
+from fleetwire_server.http.bodies import (
+    AgentAnswer,
+    AgentDetail,
+    AgentFilter,
+    AgentPatch,
+    AgentRequest,
+    EnrolAnswer,
+    KeyRequest,
+    ReportAnswer,
+    ReportRequest,
+    StatusAnswer,
+)
+from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS, answer, parse_query, read_json
+from fleetwire_server.keys import INGEST, METRICS, NOW, SESSIONS, STORE, STREAMS
+from fleetwire_server.model import Agent, AgentKey
+from fleetwire_server.storage import agents, commands
+from fleetwire_shared.errors import ForbiddenError, InvalidError, NotFoundError
+from fleetwire_shared.messages import MetricsReport
+
+
+async def require_agent(request: web.Request) -> Agent:
+    """Return the agent the address names.
+
+    Raises:
+        NotFoundError: there is none of that id."""
+    agent_id = request.match_info["agent_id"]
+    agent = await request.app[STORE].read(partial(agents.get_agent, agent_id=agent_id))
+    if agent is None:
+        raise NotFoundError(f"there is no agent {agent_id}; GET /api/agents lists those there are")
+    return agent
+
+
+async def list_agents(request: web.Request) -> web.Response:
+    query = parse_query(request, AgentFilter)
+    answers = [_agent_answer(request, agent) for agent in await request.app[STORE].read(agents.list_agents)]
+    return answer(
+        sorted((item for item in answers if _matches(item, query)), key=lambda item: (item.label.casefold(), item.id))
+    )
+
+
+def _matches(item: AgentAnswer, query: AgentFilter) -> bool:
+    text = "" if query.q is None else query.q.casefold()
+    return (
+        (query.tag is None or query.tag in item.tags)
+        and (query.status is None or query.status == item.status)
+        and any(text in value.casefold() for value in (item.id, item.label, item.hostname, item.ip, item.os))
+    )
+
+
+async def show_agent(request: web.Request) -> web.Response:
+    return answer(_agent_detail(request, await require_agent(request)))
+
+
+async def enrol_agent(request: web.Request) -> web.Response:
+    body = await read_json(request, AgentRequest)
+    agent_id, key = new_agent_key()
+    now = request.app[NOW]()
+    agent = Agent(id=agent_id, label=body.label, tags=tuple(dict.fromkeys(body.tags)), created_at=now)
+    agent_key = AgentKey(key_hash=hash_token(key), agent_id=agent_id, created_at=now, expires_at=None)
+    await request.app[STORE].write(partial(agents.add_agent, agent=agent, key=agent_key))
+    request.app[INGEST].announce_agent(agent_id, "pending")
+    return answer(EnrolAnswer(agent_id=agent_id, key=key), status=201)
+
+
+async def change_agent(request: web.Request) -> web.Response:
+    body = await read_json(request, AgentPatch)
+    if body.label is None and body.tags is None:
+        raise InvalidError("nothing to change: give label, tags or both")
+    tags = None if body.tags is None else tuple(dict.fromkeys(body.tags))
+    changed = await request.app[STORE].write(
+        partial(agents.update_label_tags, agent_id=request.match_info["agent_id"], label=body.label, tags=tags)
+    )
+    return answer(_agent_detail(request, changed))
+
+
+async def rotate_key(request: web.Request) -> web.Response:
+    """Give the agent a new key. The old one works until the new one is first used, at most for `grace_seconds`."""
+    body = await read_json(request, KeyRequest, default=KeyRequest())
+    agent = await require_agent(request)
+    key, now = new_key_for(agent.id), request.app[NOW]()
+    agent_key = AgentKey(key_hash=hash_token(key), agent_id=agent.id, created_at=now, expires_at=None)
+    await request.app[STORE].write(partial(agents.rotate_key, key=agent_key, others_expire_at=now + body.grace_seconds))
+    session = request.app[SESSIONS].get(agent.id)
+    if session is not None and body.grace_seconds == 0:
+        session.link.close(CLOSE_KEY_REVOKED, "the key was revoked")
+    return answer(EnrolAnswer(agent_id=agent.id, key=key))
+
+
+async def delete_agent(request: web.Request) -> web.Response:
+    """Remove the agent and all its history; its key is void and its socket closed at once."""
+    agent_id = request.match_info["agent_id"]
+    if not await request.app[STORE].write(partial(agents.delete_agent, agent_id=agent_id)):
+        raise NotFoundError(f"there is no agent {agent_id}; GET /api/agents lists those there are")
+    session = request.app[SESSIONS].forget(agent_id)
+    if session is not None:
+        session.link.close(CLOSE_KEY_REVOKED, "the agent was deleted")
+    request.app[STREAMS].end_agent(agent_id, "the agent was deleted")
+    request.app[METRICS].forget(agent_id)
+    request.app[INGEST].announce_agent(agent_id, "deleted")
+    return answer(StatusAnswer(status="deleted"))
+
+
+async def receive_report(request: web.Request) -> web.Response:
+    """Take a snapshot over plain HTTP, from a host where WebSocket is blocked."""
+    agent_id = request.match_info["agent_id"]
+    if agent_id != request[AGENT].agent_id:
+        raise ForbiddenError("this key belongs to another agent")
+    body = await read_json(request, ReportRequest)
+    store, now = request.app[STORE], request.app[NOW]()
+    agent = await require_agent(request)
+    await store.write(
+        partial(
+            agents.record_seen,
+            agent_id=agent_id,
+            hostname=body.hostname,
+            ip=request[CLIENT_ADDRESS],
+            os=body.os,
+            version=agent.version,
+            facts=None,
+            last_seen=now,
+        )
+    )
+    request.app[SESSIONS].heard(agent_id, is_report=True)
+    request.app[INGEST].receive_metrics(
+        agent_id,
+        MetricsReport(
+            sampled_at=now,
+            cpu_percent=body.cpu_percent,
+            mem_percent=body.mem_percent,
+            disk_percent=body.disk_percent,
+            uptime_s=body.uptime_s,
+        ),
+    )
+    pending = await store.read(partial(commands.list_open, agent_id=agent_id))
+    return answer(ReportAnswer(status="ok", pending_commands=len(pending)))
+
+
+def _agent_answer(request: web.Request, agent: Agent) -> AgentAnswer:
+    sessions = request.app[SESSIONS]
+    last_seen = sessions.last_seen(agent.id, agent.last_seen)
+    return AgentAnswer(
+        id=agent.id,
+        label=agent.label,
+        hostname=agent.hostname,
+        ip=agent.ip,
+        os=agent.os,
+        version=agent.version,
+        status=sessions.status(agent.id, agent.last_seen),
+        last_seen=None if last_seen is None else int(last_seen),
+        tags=list(agent.tags),
+    )
+
+
+def _agent_detail(request: web.Request, agent: Agent) -> AgentDetail:
+    item = _agent_answer(request, agent)
+    newest = request.app[METRICS].newest(agent.id)
+    return AgentDetail(
+        **{name: getattr(item, name) for name in item.__struct_fields__},
+        created_at=int(agent.created_at),
+        uptime_s=None if newest is None else newest.report.uptime_s,
+        metrics=None if newest is None else dict(report_document(agent.id, newest)),
+        agent=dict(agent.facts),
+    )

@@ -1,0 +1,274 @@
+"""JSON bodies, queries and answers of the HTTP API. Their docstrings and constraints are its documentation."""
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from fleetwire_server.core.sessions import AgentStatus
+from fleetwire_server.model import CommandStatus, Role
+from fleetwire_shared.limits import (
+    COMMAND_TIMEOUT_DEFAULT_SECONDS,
+    COMMAND_TIMEOUT_MAX_SECONDS,
+    COMMAND_TIMEOUT_MIN_SECONDS,
+    MAX_COMMAND_BYTES,
+    MAX_PATH_BYTES,
+)
+
+TEXT = r"^[^\x00-\x1f\x7f]*$"
+Label = Annotated[str, Meta(min_length=1, max_length=100, pattern=TEXT, description="What people call the host.")]
+Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=TEXT)]
+Tags = Annotated[list[Tag], Meta(max_length=50)]
+Username = Annotated[
+    str,
+    Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$", description="Letters, digits, `.`, `_`, `@`, `-`; at most 64."),
+]
+Password = Annotated[str, Meta(min_length=8, max_length=1024)]
+Percent = Annotated[float, Meta(ge=0, le=100)]
+ShortText = Annotated[str, Meta(max_length=255)]
+FilePath = Annotated[str, Meta(min_length=1, max_length=MAX_PATH_BYTES, description="Absolute path on the host.")]
+
+
+# ---------------------------------------------------------------- logins and users
+
+
+class LoginRequest(Struct, kw_only=True):
+    username: Annotated[str, Meta(max_length=64)]
+    password: Annotated[str, Meta(max_length=1024)]
+
+
+class LoginAnswer(Struct, kw_only=True):
+    token: str
+    role: Role
+    username: str
+    expires_at: int
+
+
+class MeAnswer(Struct, kw_only=True):
+    username: str
+    role: Role
+    expires_at: int
+
+
+class TicketAnswer(Struct, kw_only=True):
+    """A ticket for one event stream, as `?ticket=`."""
+
+    ticket: str
+    expires_in: int
+
+
+class UserAnswer(Struct, kw_only=True):
+    username: str
+    role: Role
+    created_at: int
+
+
+class UserRequest(Struct, kw_only=True):
+    username: Username
+    password: Password
+    role: Role
+
+
+class UserPatch(Struct, kw_only=True):
+    """A change of either ends all logins of that user."""
+
+    role: Role | None = None
+    password: Password | None = None
+
+
+class StatusAnswer(Struct, kw_only=True):
+    status: str
+
+
+# ---------------------------------------------------------------- agents
+
+
+class AgentFilter(Struct, kw_only=True):
+    tag: str | None = None
+    status: AgentStatus | None = None
+    q: Annotated[str, Meta(description="Text within id, label, hostname, ip or os, in any case.")] | None = None
+
+
+class AgentAnswer(Struct, kw_only=True):
+    id: str
+    label: str
+    hostname: str
+    ip: str
+    os: str
+    version: str
+    status: AgentStatus
+    last_seen: int | None
+    tags: list[str]
+
+
+class AgentDetail(AgentAnswer, kw_only=True):
+    created_at: int
+    uptime_s: int | None
+    metrics: Annotated[dict[str, Any], Meta(description="The newest snapshot; null before the first.")] | None
+    agent: Annotated[dict[str, Any], Meta(description="What the agent told of its host at its last connect.")]
+
+
+class AgentRequest(Struct, kw_only=True):
+    label: Label
+    tags: Tags = []
+
+
+class AgentPatch(Struct, kw_only=True):
+    label: Label | None = None
+    tags: Tags | None = None
+
+
+class EnrolAnswer(Struct, kw_only=True):
+    """The key is shown this once; the server keeps its hash only."""
+
+    agent_id: str
+    key: str
+
+
+class KeyRequest(Struct, kw_only=True):
+    grace_seconds: Annotated[
+        int, Meta(ge=0, le=604_800, description="How long the old key works still; 0 revokes it at once.")
+    ] = 86_400
+
+
+class ReportRequest(Struct, kw_only=True):
+    hostname: ShortText
+    os: ShortText
+    cpu_percent: Percent
+    mem_percent: Percent
+    disk_percent: Percent
+    uptime_s: Annotated[int, Meta(ge=0, le=2**53)]
+
+
+class ReportAnswer(Struct, kw_only=True):
+    status: str
+    pending_commands: int
+
+
+# ---------------------------------------------------------------- commands
+
+
+class ShellParams(Struct, kw_only=True):
+    command: Annotated[
+        str, Meta(min_length=1, max_length=MAX_COMMAND_BYTES - 1, pattern=r"^[^\x00]*$", description="For `sh -c`.")
+    ]
+    timeout: Annotated[
+        float, Meta(ge=COMMAND_TIMEOUT_MIN_SECONDS, le=COMMAND_TIMEOUT_MAX_SECONDS, description="Seconds.")
+    ] = COMMAND_TIMEOUT_DEFAULT_SECONDS
+
+
+class CommandRequest(Struct, kw_only=True):
+    type: Literal["shell"]
+    params: ShellParams
+    expires_in: Annotated[
+        int, Meta(ge=1, le=30 * 86_400, description="Seconds a command waits for an agent that is away.")
+    ] = 3600
+    on_offline: Annotated[
+        Literal["wait", "fail"], Meta(description="`fail` refuses at once (503) when the agent is not connected.")
+    ] = "wait"
+
+
+class CommandQueued(Struct, kw_only=True):
+    command_id: str
+    status: str
+
+
+class CommandAnswer(Struct, kw_only=True):
+    command_id: str
+    agent_id: str
+    type: str
+    params: dict[str, Any]
+    status: CommandStatus
+    exit_code: int | None
+    output: Annotated[str, Meta(description="stdout and stderr as they came, the last 64 KiB.")]
+    stdout_bytes: Annotated[int, Meta(description="Bytes the command wrote, kept or not.")]
+    stderr_bytes: int
+    truncated: Annotated[bool, Meta(description="`output` is not all that the command wrote.")]
+    late: Annotated[bool, Meta(description="The result came after the command was taken for lost.")]
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    expires_at: float
+    cancel_requested_at: float | None
+    created_by: str
+    error: str | None
+
+
+class OutputQuery(Struct, kw_only=True):
+    stream: Literal["stdout", "stderr"] | None = None
+
+
+# ---------------------------------------------------------------- metrics, logs, files
+
+
+class HistoryQuery(Struct, kw_only=True, rename={"start": "from", "end": "to"}):
+    start: Annotated[float, Meta(ge=0, le=2**53, description="Unix seconds; default an hour before `to`.")] | None = (
+        None
+    )
+    end: Annotated[float, Meta(ge=0, le=2**53, description="Unix seconds; default now.")] | None = None
+    step: Annotated[
+        int,
+        Meta(
+            ge=5,
+            le=86_400,
+            description="Seconds of one point; the last hour has one sample each 5 s, before it one a minute.",
+        ),
+    ] = 60
+
+
+class HistoryAnswer(Struct, kw_only=True):
+    step: int
+    points: Annotated[
+        list[dict[str, float]],
+        Meta(description="`at` (start of the step), the mean of each metric and `<metric>_max`."),
+    ]
+
+
+class MetricsQuery(Struct, kw_only=True):
+    pass
+
+
+class LogStreamQuery(Struct, kw_only=True):
+    source: Annotated[Literal["journald", "file"], Meta(description="Where the lines come from.")]
+    unit: (
+        Annotated[
+            str,
+            Meta(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9:_.\\@-]+$", description="systemd unit; journald."),
+        ]
+        | None
+    ) = None
+    path: Annotated[str, Meta(min_length=1, max_length=MAX_PATH_BYTES, description="Absolute path; file.")] | None = (
+        None
+    )
+    lines: Annotated[int, Meta(ge=0, le=10_000, description="How many of the last lines come first.")] = 10
+    since: Annotated[float, Meta(ge=0, le=2**40, description="Unix seconds; journald.")] | None = None
+    priority: Annotated[int, Meta(ge=0, le=7, description="This and more urgent, 0 to 7; journald.")] | None = None
+    grep: (
+        Annotated[str, Meta(min_length=1, max_length=1000, description="Only lines that contain this text.")] | None
+    ) = None
+
+
+class FileQuery(Struct, kw_only=True):
+    path: FilePath
+
+
+class UploadForm(Struct, kw_only=True):
+    """Either order works; `dest` first spares the server a copy on its disk."""
+
+    file: Annotated[bytes, Meta(description="File to upload")]
+    dest: Annotated[str, Meta(description="Destination path on the agent")]
+
+
+class UploadAnswer(Struct, kw_only=True):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class HealthAnswer(Struct, kw_only=True):
+    status: str
+    version: str
+
+
+def to_json(answer: object) -> bytes:
+    return msgspec.json.encode(answer)

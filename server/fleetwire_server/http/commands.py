@@ -1,0 +1,207 @@
+"""Commands of one agent: send, list, follow, fetch the output of, cancel."""
+
+from collections.abc import Sequence
+from functools import partial
+
+from aiohttp import web
+
+from fleetwire_server.core.command_states import TERMINAL
+from fleetwire_server.core.events import frame_json
+from fleetwire_server.core.fanout import Keep, Subscription, command_topic
+from fleetwire_server.core.tokens import new_command_id
+from fleetwire_server.http.agents import require_agent
+from fleetwire_server.http.bodies import CommandAnswer, CommandQueued, CommandRequest, OutputQuery
+from fleetwire_server.http.requests import USER, answer, parse_query, read_json
+from fleetwire_server.http.sse import EventStream, serve_events
+from fleetwire_server.keys import DISPATCH, FANOUT, NOW, SESSIONS, STORE
+from fleetwire_server.model import Command, OutputPiece
+from fleetwire_server.storage import commands
+from fleetwire_server.storage.store import Connection
+from fleetwire_shared.errors import InvalidError, NotFoundError
+from fleetwire_shared.limits import MAX_COMMAND_BYTES
+
+PREVIEW_BYTES = 64 * 1024
+READ_BYTES = 256 * 1024
+
+
+async def send_command(request: web.Request) -> web.Response:
+    body = await read_json(request, CommandRequest)
+    if len(body.params.command.encode()) >= MAX_COMMAND_BYTES:
+        raise InvalidError(
+            f"params.command: must be shorter than {MAX_COMMAND_BYTES} bytes; upload a script and run that"
+        )
+    agent = await require_agent(request)
+    if body.on_offline == "fail":
+        request.app[SESSIONS].require(agent.id)
+    now = request.app[NOW]()
+    command = await request.app[DISPATCH].submit(
+        Command(
+            id=new_command_id(),
+            agent_id=agent.id,
+            type=body.type,
+            params={"command": body.params.command, "timeout": body.params.timeout},
+            timeout_seconds=body.params.timeout,
+            created_at=now,
+            created_by=request[USER].name,
+            expires_at=now + body.expires_in,
+        )
+    )
+    return answer(CommandQueued(command_id=command.id, status="queued"))
+
+
+async def list_commands(request: web.Request) -> web.Response:
+    """The last 100 commands, newest first."""
+    agent = await require_agent(request)
+
+    def read(connection: Connection) -> list[CommandAnswer]:
+        listed = commands.list_commands(connection, agent.id)
+        tails = commands.tail_outputs(connection, [command.id for command in listed], PREVIEW_BYTES)
+        return [command_answer(command, tails.get(command.id, [])) for command in listed]
+
+    return answer(await request.app[STORE].read(read))
+
+
+async def show_command(request: web.Request) -> web.Response:
+    command = await require_command(request)
+    return answer(await _with_output(request, command))
+
+
+async def cancel_command(request: web.Request) -> web.Response:
+    command = await require_command(request)
+    cancelled = await request.app[DISPATCH].cancel(command.agent_id, command.id)
+    return answer(await _with_output(request, cancelled), status=200 if cancelled.status in TERMINAL else 202)
+
+
+async def fetch_output(request: web.Request) -> web.StreamResponse:
+    """The output that is kept, as a file: both streams as they came, or one of them."""
+    query = parse_query(request, OutputQuery)
+    command = await require_command(request)
+    response = web.StreamResponse(
+        headers={
+            "Content-Type": "application/octet-stream",
+            "Content-Disposition": f'attachment; filename="{command.id}-{query.stream or "output"}"',
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+        }
+    )
+    await response.prepare(request)
+    position = 0
+    while pieces := await request.app[STORE].read(
+        partial(
+            commands.list_output,
+            command_id=command.id,
+            from_position=position,
+            limit_bytes=READ_BYTES,
+            stream=query.stream,
+        )
+    ):
+        position = pieces[-1].end
+        await response.write(b"".join(piece.data for piece in pieces))
+    await response.write_eof()
+    return response
+
+
+async def stream_command(request: web.Request) -> web.StreamResponse:
+    """Events `status` (the command, at once and at each change), `output` (`id:` is the position after it), `gap`, and
+    `end` when the command is over and all its output was sent. `Last-Event-ID` resumes at any byte."""
+    position = _resume_position(request)
+    command = await require_command(request)
+
+    async def feed(stream: EventStream) -> None:
+        with request.app[FANOUT].subscribe(command_topic(command.id), Keep.NEWEST) as changes:
+            await _follow(request, stream, position, changes)
+
+    return await serve_events(request, feed, command.agent_id)
+
+
+async def _follow(request: web.Request, stream: EventStream, position: int, changes: Subscription) -> None:
+    shown: Command | None = None
+    while True:
+        # Read before the output: when this says that the command is over, all its output is there.
+        command = await require_command(request)
+        if shown is None or shown.status is not command.status:
+            shown = command
+            await stream.send_frames(_status_frame(command))
+        position = await _send_output(request, stream, command.id, position)
+        if command.status in TERMINAL:
+            await stream.send_frames(frame_json({"reason": command.status}, event="end"))
+            return
+        await changes.get()
+
+
+async def _send_output(request: web.Request, stream: EventStream, command_id: str, position: int) -> int:
+    """Send what is stored from `position` on; return the position after it."""
+    while pieces := await request.app[STORE].read(
+        partial(commands.list_output, command_id=command_id, from_position=position, limit_bytes=READ_BYTES)
+    ):
+        await stream.send_frames(b"".join(_output_frames(pieces, position)))
+        position = pieces[-1].end
+    return position
+
+
+def _output_frames(pieces: Sequence[OutputPiece], position: int) -> list[bytes]:
+    frames = []
+    for piece in pieces:
+        if piece.position > position:
+            missing = {"count": piece.position - position, "reason": "output beyond the quota is not kept"}
+            frames.append(frame_json(missing, event="gap"))
+        document = {"stream": piece.stream, "offset": piece.offset, "text": piece.data.decode("utf-8", "replace")}
+        frames.append(frame_json(document, event="output", event_id=str(piece.end)))
+        position = piece.end
+    return frames
+
+
+def _status_frame(command: Command) -> bytes:
+    document = command_answer(command, [])
+    fields = {
+        name: getattr(document, name) for name in document.__struct_fields__ if name not in ("output", "truncated")
+    }
+    return frame_json(fields, event="status")
+
+
+def _resume_position(request: web.Request) -> int:
+    text = request.headers.get("Last-Event-ID", "") or "0"
+    if not (text.isascii() and text.isdigit() and len(text) <= 18):
+        raise InvalidError(f"Last-Event-ID must be the id of an output event (a number of bytes), got {text[:50]!r}")
+    return int(text)
+
+
+async def require_command(request: web.Request) -> Command:
+    """Return the command the address names.
+
+    Raises:
+        NotFoundError: there is no such agent, or it has no such command."""
+    agent_id, command_id = request.match_info["agent_id"], request.match_info["command_id"]
+    found = await request.app[STORE].read(partial(commands.get_command, agent_id=agent_id, command_id=command_id))
+    if found is None:
+        await require_agent(request)
+        raise NotFoundError(f"this agent has no command {command_id}")
+    return found
+
+
+async def _with_output(request: web.Request, command: Command) -> CommandAnswer:
+    tail = partial(commands.tail_output, command_id=command.id, limit_bytes=PREVIEW_BYTES)
+    return command_answer(command, await request.app[STORE].read(tail))
+
+
+def command_answer(command: Command, tail: Sequence[OutputPiece]) -> CommandAnswer:
+    return CommandAnswer(
+        command_id=command.id,
+        agent_id=command.agent_id,
+        type=command.type,
+        params=dict(command.params),
+        status=command.status,
+        exit_code=command.exit_code,
+        output=b"".join(piece.data for piece in tail).decode("utf-8", "replace"),
+        stdout_bytes=command.stdout_bytes,
+        stderr_bytes=command.stderr_bytes,
+        truncated=command.truncated or command.output_end > PREVIEW_BYTES,
+        late=command.late,
+        created_at=command.created_at,
+        started_at=command.started_at,
+        finished_at=command.finished_at,
+        expires_at=command.expires_at,
+        cancel_requested_at=command.cancel_requested_at,
+        created_by=command.created_by,
+        error=command.error,
+    )

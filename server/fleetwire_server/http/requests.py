@@ -1,0 +1,93 @@
+"""Reading what came in, and answering: the few lines every handler shares."""
+
+import asyncio
+import re
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from fleetwire_server.core.access import AgentCaller, UserCaller
+from fleetwire_server.http.bodies import to_json
+from fleetwire_shared.errors import InvalidError, PeerTimeoutError
+
+BODY_SECONDS = 30.0
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+USER: web.RequestKey[UserCaller] = web.RequestKey("user", UserCaller)
+AGENT: web.RequestKey[AgentCaller] = web.RequestKey("agent", AgentCaller)
+REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
+CLIENT_ADDRESS: web.RequestKey[str] = web.RequestKey("client_address", str)
+
+_AT = re.compile(r" - at `\$\.?(?P<path>.*)`$")
+
+
+def parse_query(request: web.Request, kind: type[S]) -> S:
+    """Return the query string as a `kind`; parameters it does not have are ignored.
+
+    Raises:
+        InvalidError: a parameter is missing, given twice, or not of its type."""
+    query = request.query
+    for name in set(query):
+        if name in kind.__struct_encode_fields__ and len(query.getall(name)) > 1:
+            raise InvalidError(f"{name} is given more than once; give it once")
+    try:
+        return msgspec.convert(dict(query), kind, strict=False)
+    except msgspec.ValidationError as err:
+        raise InvalidError(explain(err, kind)) from err
+
+
+async def read_json(request: web.Request, kind: type[S], *, default: S | None = None) -> S:
+    """Return the body as a `kind`, or `default` when there is one and the body is empty.
+
+    Raises:
+        InvalidError: the body is not JSON, or not of that shape."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            body = await request.read()
+    except TimeoutError as err:
+        raise PeerTimeoutError(f"the body did not arrive within {BODY_SECONDS:.0f} s") from err
+    if not body and default is not None:
+        return default
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as err:
+        raise InvalidError(explain(err, kind)) from err
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
+        raise InvalidError(f"the body must be a JSON object; {err}") from err
+
+
+def explain(err: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
+    """Return the decoder's complaint, led by the field's name and followed by the values an enumeration allows."""
+    message = str(err)
+    at = _AT.search(message)
+    if at is None:
+        return message
+    path = at["path"] or "the body"
+    problem = message[: at.start()]
+    allowed = _allowed_values(kind, path)
+    return f"{path}: {problem}" + (f"; it must be one of {', '.join(allowed)}" if allowed else "")
+
+
+def _allowed_values(kind: type[msgspec.Struct], path: str) -> list[str]:
+    (schema,), components = msgspec.json.schema_components([kind])
+    for name in path.split("."):
+        schema = _resolve(schema, components).get("properties", {}).get(name, {})
+    options = [_resolve(option, components) for option in schema.get("anyOf", [schema])]
+    return [str(value) for option in options for value in option.get("enum", [])]
+
+
+def _resolve(schema: dict[str, Any], components: dict[str, Any]) -> dict[str, Any]:
+    reference = schema.get("$ref")
+    resolved: dict[str, Any] = components[reference.rpartition("/")[2]] if reference else schema
+    return resolved
+
+
+def answer(document: object, *, status: int = 200) -> web.Response:
+    return web.Response(
+        status=status,
+        body=to_json(document),
+        content_type="application/json",
+        headers={"Cache-Control": "no-store"},
+    )

@@ -1,0 +1,326 @@
+"""Every address of the server, with who may call it and what goes in and out. The OpenAPI document and the test of
+every route against every kind of caller are made from this table."""
+
+from typing import Any
+
+from aiohttp import web
+
+from fleetwire_server.http import (
+    agent_socket,
+    agents,
+    bodies,
+    channel_socket,
+    commands,
+    docs_page,
+    files,
+    login,
+    metrics,
+    streams,
+    users,
+)
+from fleetwire_server.http.guard import guarded
+from fleetwire_server.http.route import Media, Policy, Route
+
+AGENT = "/api/agents/{agent_id}"
+COMMAND = AGENT + "/commands/{command_id}"
+
+ROUTES: tuple[Route, ...] = (
+    # ------------------------------------------------------------ logins and users
+    Route(
+        method="POST",
+        path="/api/login",
+        handler=login.log_in,
+        policy=Policy.PUBLIC,
+        summary="Log in; the token goes into the header Authorization: Bearer.",
+        body=bodies.LoginRequest,
+        answer=bodies.LoginAnswer,
+    ),
+    Route(
+        method="POST",
+        path="/api/logout",
+        handler=login.log_out,
+        policy=Policy.VIEWER,
+        summary="End this login and its open streams.",
+        answer=bodies.StatusAnswer,
+    ),
+    Route(
+        method="GET",
+        path="/api/me",
+        handler=login.show_me,
+        policy=Policy.VIEWER,
+        summary="Who the token belongs to.",
+        answer=bodies.MeAnswer,
+    ),
+    Route(
+        method="POST",
+        path="/api/stream-tickets",
+        handler=login.make_ticket,
+        policy=Policy.VIEWER,
+        summary="A ticket for one event stream, as ?ticket=, so that no token need be in a URL.",
+        answer=bodies.TicketAnswer,
+    ),
+    Route(
+        method="GET",
+        path="/api/users",
+        handler=users.list_users,
+        policy=Policy.ADMIN,
+        summary="List users.",
+        answer=list[bodies.UserAnswer],
+    ),
+    Route(
+        method="POST",
+        path="/api/users",
+        handler=users.add_user,
+        policy=Policy.ADMIN,
+        summary="Add a user.",
+        body=bodies.UserRequest,
+        answer=bodies.UserAnswer,
+        status=201,
+    ),
+    Route(
+        method="PATCH",
+        path="/api/users/{name}",
+        handler=users.change_user,
+        policy=Policy.ADMIN,
+        summary="Change a user's role or password; ends that user's logins.",
+        body=bodies.UserPatch,
+        answer=bodies.UserAnswer,
+    ),
+    Route(
+        method="DELETE",
+        path="/api/users/{name}",
+        handler=users.remove_user,
+        policy=Policy.ADMIN,
+        summary="Remove a user; ends that user's logins.",
+        answer=bodies.StatusAnswer,
+    ),
+    # ------------------------------------------------------------ agents
+    Route(
+        method="GET",
+        path="/api/agents",
+        handler=agents.list_agents,
+        policy=Policy.VIEWER,
+        summary="List agents, sorted by label.",
+        query=bodies.AgentFilter,
+        answer=list[bodies.AgentAnswer],
+    ),
+    Route(
+        method="POST",
+        path="/api/agents",
+        handler=agents.enrol_agent,
+        policy=Policy.ADMIN,
+        summary="Enrol an agent by hand.",
+        body=bodies.AgentRequest,
+        answer=bodies.EnrolAnswer,
+        status=201,
+    ),
+    Route(
+        method="GET",
+        path="/api/agents/connect",
+        handler=agent_socket.connect_agent,
+        policy=Policy.AGENT,
+        summary="Control socket of an agent (docs/protocol.md).",
+        answer_media=Media.WEBSOCKET,
+        status=101,
+    ),
+    Route(
+        method="GET",
+        path="/api/agents/channels/{channel_id}",
+        handler=channel_socket.connect_channel,
+        policy=Policy.AGENT,
+        summary="Socket of one file or log, dialled by an agent (docs/protocol.md).",
+        answer_media=Media.WEBSOCKET,
+        status=101,
+    ),
+    Route(
+        method="GET",
+        path=AGENT,
+        handler=agents.show_agent,
+        policy=Policy.VIEWER,
+        summary="One agent with its newest metrics.",
+        answer=bodies.AgentDetail,
+    ),
+    Route(
+        method="PATCH",
+        path=AGENT,
+        handler=agents.change_agent,
+        policy=Policy.ADMIN,
+        summary="Change label or tags.",
+        body=bodies.AgentPatch,
+        answer=bodies.AgentDetail,
+    ),
+    Route(
+        method="DELETE",
+        path=AGENT,
+        handler=agents.delete_agent,
+        policy=Policy.ADMIN,
+        summary="Remove the agent record and all its history.",
+        answer=bodies.StatusAnswer,
+    ),
+    Route(
+        method="POST",
+        path=AGENT + "/key",
+        handler=agents.rotate_key,
+        policy=Policy.ADMIN,
+        summary="Give the agent a new key; the old one works until the new one is used.",
+        body=bodies.KeyRequest,
+        is_body_optional=True,
+        answer=bodies.EnrolAnswer,
+    ),
+    Route(
+        method="POST",
+        path=AGENT + "/report",
+        handler=agents.receive_report,
+        policy=Policy.AGENT,
+        summary="Snapshot over plain HTTP, called by the agent.",
+        body=bodies.ReportRequest,
+        answer=bodies.ReportAnswer,
+    ),
+    # ------------------------------------------------------------ commands
+    Route(
+        method="POST",
+        path=AGENT + "/commands",
+        handler=commands.send_command,
+        policy=Policy.OPERATOR,
+        summary="Run a command on the host.",
+        body=bodies.CommandRequest,
+        answer=bodies.CommandQueued,
+    ),
+    Route(
+        method="GET",
+        path=AGENT + "/commands",
+        handler=commands.list_commands,
+        policy=Policy.OPERATOR,
+        summary="The last 100 commands, newest first.",
+        answer=list[bodies.CommandAnswer],
+    ),
+    Route(
+        method="GET",
+        path=COMMAND,
+        handler=commands.show_command,
+        policy=Policy.OPERATOR,
+        summary="One command.",
+        answer=bodies.CommandAnswer,
+    ),
+    Route(
+        method="GET",
+        path=COMMAND + "/stream",
+        handler=commands.stream_command,
+        policy=Policy.OPERATOR,
+        summary="Status and output of a command, live; Last-Event-ID resumes at any byte.",
+        answer_media=Media.EVENTS,
+    ),
+    Route(
+        method="GET",
+        path=COMMAND + "/output",
+        handler=commands.fetch_output,
+        policy=Policy.OPERATOR,
+        summary="The kept output as a file.",
+        query=bodies.OutputQuery,
+        answer_media=Media.BYTES,
+    ),
+    Route(
+        method="POST",
+        path=COMMAND + "/cancel",
+        handler=commands.cancel_command,
+        policy=Policy.OPERATOR,
+        summary="Cancel a command and all it started; 202 while the agent is at it.",
+        answer=bodies.CommandAnswer,
+    ),
+    # ------------------------------------------------------------ metrics, logs, files
+    Route(
+        method="GET",
+        path=AGENT + "/metrics",
+        handler=metrics.show_history,
+        policy=Policy.VIEWER,
+        summary="History of the main metrics.",
+        query=bodies.HistoryQuery,
+        answer=bodies.HistoryAnswer,
+    ),
+    Route(
+        method="GET",
+        path=AGENT + "/stream/metrics",
+        handler=streams.stream_metrics,
+        policy=Policy.VIEWER,
+        summary="A metrics snapshot at once, then every 5 seconds.",
+        answer_media=Media.EVENTS,
+    ),
+    Route(
+        method="GET",
+        path=AGENT + "/stream/logs",
+        handler=streams.stream_logs,
+        policy=Policy.OPERATOR,
+        summary="Lines of journald or of a file, live; Last-Event-ID resumes after a line.",
+        query=bodies.LogStreamQuery,
+        answer_media=Media.EVENTS,
+    ),
+    Route(
+        method="GET",
+        path=AGENT + "/files",
+        handler=files.download_file,
+        policy=Policy.OPERATOR,
+        summary="Download a file; Range is honoured.",
+        query=bodies.FileQuery,
+        answer_media=Media.BYTES,
+    ),
+    Route(
+        method="POST",
+        path=AGENT + "/files",
+        handler=files.upload_file,
+        policy=Policy.OPERATOR,
+        summary="Upload a file; it replaces the destination in one step.",
+        body=bodies.UploadForm,
+        body_media=Media.FORM,
+        answer=bodies.UploadAnswer,
+    ),
+    Route(
+        method="GET",
+        path="/api/events",
+        handler=streams.stream_events,
+        policy=Policy.OPERATOR,
+        summary="Agents coming and going, commands changing state.",
+        answer_media=Media.EVENTS,
+    ),
+    # ------------------------------------------------------------ the server itself
+    Route(
+        method="GET",
+        path="/api/health",
+        handler=metrics.show_health,
+        policy=Policy.PUBLIC,
+        summary="200 only when the database answers.",
+        answer=bodies.HealthAnswer,
+    ),
+    Route(
+        method="GET",
+        path="/metrics",
+        handler=metrics.show_telemetry,
+        policy=Policy.PUBLIC,
+        summary="The server's own metrics for Prometheus: counts only, no names.",
+        answer_media=Media.TEXT,
+    ),
+    Route(
+        method="GET",
+        path="/api/openapi.json",
+        handler=docs_page.show_openapi,
+        policy=Policy.PUBLIC,
+        summary="This API as an OpenAPI 3.1 document.",
+        answer=dict[str, Any],
+    ),
+    Route(
+        method="GET",
+        path="/api/docs",
+        handler=docs_page.show_docs,
+        policy=Policy.PUBLIC,
+        summary="This API as a page to read.",
+        answer_media=Media.HTML,
+    ),
+)
+
+
+def add_routes(app: web.Application) -> None:
+    """Register every route behind its policy."""
+    docs_page.provide(app, ROUTES)
+    for route in ROUTES:
+        app.router.add_route(route.method, route.path, guarded(route))
+        if route.method == "GET" and route.answer_media in (Media.JSON, Media.BYTES):
+            app.router.add_route("HEAD", route.path, guarded(route))
