@@ -1,0 +1,182 @@
+"""Fixtures for tests against a real server and real agents; whatever they start is gone after the test."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, settings
+from tests.support.api import Api
+from tests.support.processes import ADMIN_PASSWORD, AgentProcess, Process, ServerProcess
+
+T = TypeVar("T")
+
+_LOG_CHARACTERS = 20_000  # of one process' log, in the report of a failed test
+_PROCESSES = pytest.StashKey[list[Process]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_PROCESSES] = []
+    # How long an example takes says more of what else the machine does than of the code.
+    settings.register_profile("fleetwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fleetwire"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        for process in item.config.stash[_PROCESSES]:
+            report.sections.append((f"log: {process.log}", process.log_text[-_LOG_CHARACTERS:]))
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """A server with one agent online, and an admin's session token."""
+
+    server: ServerProcess
+    agent: AgentProcess
+    token: str
+
+    @property
+    def agent_id(self) -> str:
+        return self.agent.agent_id
+
+    @property
+    def agent_path(self) -> str:
+        return f"/api/agents/{self.agent_id}"
+
+
+@pytest.fixture(scope="session")
+def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+    """Shared by all cheap tests: leave it as it was found."""
+    directory = tmp_path_factory.mktemp("fleet")
+    with ExitStack() as stack:
+        server = _enter(stack, request, ServerProcess(directory / "server"))
+        agent_id, key, token = _run_apart(lambda: _enrol(server, "web-01"))
+        agent = AgentProcess(directory / "agent", server_url=server.url, agent_id=agent_id, key=key)
+        _enter(stack, request, agent)
+        _run_apart(lambda: _wait_for_agent(server, token, agent_id))
+        yield Fleet(server, agent, token)
+
+
+@pytest.fixture
+async def api(fleet: Fleet) -> AsyncIterator[Api]:
+    """An admin's client of the shared fleet."""
+    async with Api(fleet.server.url, token=fleet.token) as client:
+        yield client
+
+
+class StartServer(Protocol):
+    def __call__(
+        self, name: str = "server", *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> ServerProcess: ...
+
+
+@pytest.fixture
+def start_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartServer]:
+    """Start a server of this test's own."""
+    with ExitStack() as stack:
+
+        def start(
+            name: str = "server", *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        ) -> ServerProcess:
+            server = ServerProcess(tmp_path / name, options=options, environment=environment)
+            return _enter(stack, request, server)
+
+        yield start
+
+
+class StartAgent(Protocol):
+    async def __call__(
+        self,
+        api: Api,
+        label: str = "web-01",
+        *,
+        server_url: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> AgentProcess: ...
+
+
+@pytest.fixture
+def start_agent(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartAgent]:
+    """Enrol an agent at an admin's `api`, start it, and return when it is online.
+
+    `server_url` is where it dials instead, such as a CuttableLink's."""
+    with ExitStack() as stack:
+
+        async def start(
+            api: Api,
+            label: str = "web-01",
+            *,
+            server_url: str | None = None,
+            environment: Mapping[str, str] | None = None,
+        ) -> AgentProcess:
+            agent_id, key = await api.enrol(label)
+            agent = AgentProcess(
+                tmp_path / agent_id,
+                server_url=server_url or api.url,
+                agent_id=agent_id,
+                key=key,
+                environment=environment,
+            )
+            _enter(stack, request, agent)
+            await api.wait_for_agent(agent_id)
+            return agent
+
+        yield start
+
+
+class OpenApi(Protocol):
+    async def __call__(self, server: ServerProcess, username: str = "admin", password: str = ADMIN_PASSWORD) -> Api: ...
+
+
+@pytest.fixture
+async def open_api() -> AsyncIterator[OpenApi]:
+    """`await open_api(server)` is an admin's client; `username` and `password` make it another user's."""
+    async with AsyncExitStack() as stack:
+
+        async def open_client(server: ServerProcess, username: str = "admin", password: str = ADMIN_PASSWORD) -> Api:
+            client = await stack.enter_async_context(Api(server.url))
+            await client.login(username, password)
+            return client
+
+        yield open_client
+
+
+P = TypeVar("P", bound=Process)
+
+
+def _enter(stack: ExitStack, request: pytest.FixtureRequest, process: P) -> P:
+    """Start `process` until the stack closes; its log is in the report of whatever fails meanwhile."""
+    processes = request.config.stash[_PROCESSES]
+    stack.enter_context(process)
+    processes.append(process)
+    stack.callback(processes.remove, process)
+    return process
+
+
+def _run_apart(make: Callable[[], Coroutine[object, object, T]]) -> T:
+    """Run a coroutine from a fixture that outlives every test's event loop."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(make())).result()
+
+
+async def _enrol(server: ServerProcess, label: str) -> tuple[str, str, str]:
+    async with Api(server.url) as client:
+        token = await client.login("admin", ADMIN_PASSWORD)
+        agent_id, key = await client.enrol(label, "web", "production")
+        return agent_id, key, token
+
+
+async def _wait_for_agent(server: ServerProcess, token: str, agent_id: str) -> None:
+    async with Api(server.url, token=token) as client:
+        await client.wait_for_agent(agent_id)

@@ -1,0 +1,219 @@
+"""Real server and agent processes, started as an operator starts them."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+_BIN = Path(sys.executable).parent  # where pip put our commands; not resolved: it is the environment that counts
+_START_SECONDS = 30.0
+_STOP_SECONDS = 15.0
+
+ADMIN_PASSWORD = "correct horse battery staple"
+
+
+class Process:
+    """One process that writes to a log file and can be stopped, killed, frozen and started again.
+
+    As a context manager it starts on entry, and nothing of it is left on exit, whatever happened."""
+
+    def __init__(self, arguments: Sequence[str | Path], *, log: Path, environment: Mapping[str, str]) -> None:
+        self.arguments = [str(argument) for argument in arguments]
+        self.log = log
+        self.environment = dict(environment)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log_start = 0
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "not started"
+        return self._process.pid
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def log_text(self) -> str:
+        """All it wrote to stdout and stderr, over all its lives."""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    @property
+    def last_log_text(self) -> str:
+        """What it wrote since its last start."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    def start(self) -> None:
+        assert not self.is_running, "already started"
+        with self.log.open("ab") as output:
+            self._log_start = output.tell()
+            self._process = self._spawn(output)
+        self.wait_until_started()
+
+    def wait_until_started(self) -> None:
+        """Return when it does what it was started for; a plain process does so at once."""
+
+    def stop(self) -> int:
+        """Ask it to end as systemd does. Return its exit status."""
+        self.resume()
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """End it as a power cut would: it can do nothing more."""
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Freeze it: its sockets stay open, and nothing answers."""
+        os.kill(self.pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        if self.is_running:
+            os.kill(self.pid, signal.SIGCONT)
+
+    def wait(self, timeout_seconds: float = _STOP_SECONDS) -> int:
+        """Return the exit status it ends with by itself."""
+        assert self._process is not None, "not started"
+        return self._process.wait(timeout_seconds)
+
+    def rss_bytes(self) -> int:
+        """Return its resident memory now."""
+        match = re.search(r"^VmRSS:\s+(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+        assert match is not None, "it has ended"
+        return int(match[1]) * 1024
+
+    def peak_rss_bytes(self) -> int:
+        """Return the most resident memory it ever had, or had since `reset_peak_rss`."""
+        match = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{self.pid}/status").read_text(), re.MULTILINE)
+        assert match is not None, "it has ended"
+        return int(match[1]) * 1024
+
+    def reset_peak_rss(self) -> None:
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it if it still runs, by force if it must be."""
+        if not self.is_running:
+            return
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _spawn(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        # In a session of its own: Ctrl-C in the terminal ends the tests, which then end it in order. setpriv: tests
+        # that are killed leave nothing running either.
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *self.arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=self.environment,
+            start_new_session=True,
+        )
+
+    def _end(self, number: signal.Signals) -> int:
+        assert self._process is not None, "not started"
+        if self.is_running:
+            self._process.send_signal(number)
+        return self._process.wait(_STOP_SECONDS)
+
+
+class ServerProcess(Process):
+    """`fleetwire-server serve` on a free port of 127.0.0.1. It keeps its port over restarts, as a real one does.
+
+    Args:
+        directory: gets the log and, in `data`, all the server stores.
+        options: further arguments of `serve`.
+        environment: variables beyond a plain environment, such as FLEETWIRE_* settings."""
+
+    def __init__(
+        self, directory: Path, *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.data_dir = directory / "data"
+        self._options = list(options)
+        self._port = 0
+        super().__init__(
+            [],
+            log=directory / "server.log",
+            environment=plain_environment() | {"FLEETWIRE_ADMIN_PASSWORD": ADMIN_PASSWORD} | dict(environment or {}),
+        )
+
+    @property
+    def port(self) -> int:
+        assert self._port, "not started"
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        listen = f"127.0.0.1:{self._port}"
+        command = [_BIN / "fleetwire-server", "serve", "--listen", listen, "--data-dir", self.data_dir]
+        self.arguments = [str(argument) for argument in [*command, *self._options]]
+        super().start()
+
+    def wait_until_started(self) -> None:
+        """Return when it says that it listens. Raises AssertionError with its log when it does not."""
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline and self.is_running:
+            if match := re.search(r"Fleetwire listens on http://\S+:(\d+)", self.last_log_text):
+                self._port = int(match[1])
+                return
+            time.sleep(0.02)  # a log file has no event that tells of a line
+        raise AssertionError(f"the server did not start:\n{self.log_text}")
+
+
+class AgentProcess(Process):
+    """`fleetwire-agent run`, with its key in a file.
+
+    It is started when it runs; that it is online is for the API to tell."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        server_url: str,
+        agent_id: str,
+        key: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.agent_id = agent_id
+        self.key_file = directory / "agent.key"
+        self.key_file.touch(mode=0o600)
+        self.key_file.write_text(key + "\n")
+        self.state_dir = directory / "state"
+        command = [_BIN / "fleetwire-agent", "run", "--server", server_url, "--key-file", self.key_file]
+        super().__init__(
+            [*map(str, command), "--state-dir", self.state_dir],
+            log=directory / "agent.log",
+            environment=plain_environment() | dict(environment or {}),
+        )
+
+
+def plain_environment() -> dict[str, str]:
+    """Return this process' environment without any setting of Fleetwire, so that a developer's do not leak in."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("FLEETWIRE_")}
