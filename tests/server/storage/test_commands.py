@@ -1,0 +1,216 @@
+from typing import Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Connection
+from tests.support.stored import make_agent, make_command, make_key, make_piece
+
+from fleetwire_server.model import Command, CommandStatus, OutputPiece
+from fleetwire_server.storage import agents, commands
+from fleetwire_shared.errors import NotFoundError
+
+KEEP_ALL = 1 << 40
+
+
+@pytest.fixture
+def with_command(connection: Connection) -> Connection:
+    agents.add_agent(connection, make_agent(), make_key())
+    commands.add_command(connection, make_command())
+    return connection
+
+
+def get(connection: Connection, command_id: str = "cmd_1") -> Command:
+    command = commands.get_command(connection, "agent_1", command_id)
+    assert command is not None
+    return command
+
+
+def text_of(pieces: list[OutputPiece]) -> bytes:
+    return b"".join(piece.data for piece in pieces)
+
+
+def test_a_command_is_returned_as_it_was(connection: Connection) -> None:
+    agents.add_agent(connection, make_agent(), make_key())
+    command = make_command(
+        status=CommandStatus.FAILED, started_at=1.0, finished_at=2.5, exit_code=3, truncated=True, late=True,
+        stdout_bytes=1 << 40, error="é", params={"command": "é", "timeout": 1.5}, offered_to="i",
+        cancel_requested_at=2.0,
+    )  # fmt: skip
+    commands.add_command(connection, command)
+    assert commands.get_command(connection, "agent_1", "cmd_1") == command
+
+
+def test_a_command_of_another_agent_is_not_returned(with_command: Connection) -> None:
+    assert commands.get_command(with_command, "agent_2", "cmd_1") is None
+
+
+def test_a_command_for_a_deleted_agent_is_refused(connection: Connection) -> None:
+    with pytest.raises(NotFoundError, match="no agent agent_1"):
+        commands.add_command(connection, make_command())
+
+
+def test_history_is_newest_first_and_open_commands_oldest_first(with_command: Connection) -> None:
+    for number in range(2, 6):
+        commands.add_command(with_command, make_command(f"cmd_{number}"))
+    commands.update_command(with_command, "cmd_3", [CommandStatus.QUEUED], status=CommandStatus.EXPIRED)
+    commands.update_command(with_command, "cmd_4", [CommandStatus.QUEUED], status=CommandStatus.RUNNING)
+    assert [each.id for each in commands.list_commands(with_command, "agent_1", 3)] == ["cmd_5", "cmd_4", "cmd_3"]
+    assert [each.id for each in commands.list_open(with_command, "agent_1")] == ["cmd_1", "cmd_2", "cmd_4", "cmd_5"]
+    assert commands.count_by_status(with_command) == {
+        CommandStatus.QUEUED: 3, CommandStatus.EXPIRED: 1, CommandStatus.RUNNING: 1
+    }  # fmt: skip
+
+
+def test_only_queued_commands_past_their_time_are_expirable(with_command: Connection) -> None:
+    commands.add_command(with_command, make_command("cmd_2", status=CommandStatus.OFFERED))
+    commands.add_command(with_command, make_command("cmd_3", expires_at=5000.0))
+    assert commands.list_expirable(with_command, 3699.0) == []
+    assert [each.id for each in commands.list_expirable(with_command, 3700.0)] == ["cmd_1"]
+
+
+def test_an_update_needs_an_expected_status(with_command: Connection) -> None:
+    changed = commands.update_command(
+        with_command, "cmd_1", [CommandStatus.QUEUED, CommandStatus.OFFERED], status=CommandStatus.OFFERED,
+        offered_to="instance", started_at=101.0,
+    )  # fmt: skip
+    assert changed == make_command(status=CommandStatus.OFFERED, offered_to="instance", started_at=101.0)
+    assert changed == get(with_command)
+    assert type(changed.timeout_seconds) is type(changed.started_at) is float
+    assert commands.update_command(with_command, "cmd_1", [CommandStatus.QUEUED], error="x") is None
+    assert commands.update_command(with_command, "cmd_9", list(CommandStatus), error="x") is None
+    assert get(with_command).error is None
+
+
+def test_output_sent_again_is_stored_once(with_command: Connection) -> None:
+    pieces = [make_piece(b"abc"), make_piece(b"def", 3)]
+    assert commands.add_output(with_command, "cmd_1", pieces, KEEP_ALL) == 6
+    assert commands.add_output(with_command, "cmd_1", pieces, KEEP_ALL) == 6
+    assert commands.list_output(with_command, "cmd_1", 0, 1000) == pieces
+    assert not get(with_command).truncated
+
+
+def test_output_that_overlaps_is_cut(with_command: Connection) -> None:
+    commands.add_output(with_command, "cmd_1", [make_piece(b"abc")], KEEP_ALL)
+    assert commands.add_output(with_command, "cmd_1", [make_piece(b"bcdef", 1)], KEEP_ALL) == 6
+    assert commands.list_output(with_command, "cmd_1", 0, 1000) == [make_piece(b"abc"), make_piece(b"def", 3)]
+
+
+def test_a_gap_in_the_output_is_told(with_command: Connection) -> None:
+    commands.add_output(with_command, "cmd_1", [make_piece(b"abc")], KEEP_ALL)
+    assert commands.add_output(with_command, "cmd_1", [make_piece(b"xyz", 10)], KEEP_ALL) == 13
+    assert get(with_command).truncated
+    assert commands.list_output(with_command, "cmd_1", 3, 1) == [make_piece(b"xyz", 10)]
+
+
+def test_output_of_an_unknown_command_goes_nowhere(with_command: Connection) -> None:
+    assert commands.add_output(with_command, "cmd_9", [make_piece(b"abc")], KEEP_ALL) is None
+
+
+def test_no_output_changes_nothing(with_command: Connection) -> None:
+    assert commands.add_output(with_command, "cmd_1", [], KEEP_ALL) == 0
+    assert commands.list_output(with_command, "cmd_1", 0, 1000) == []
+    assert commands.tail_output(with_command, "cmd_1", 1000) == []
+
+
+def test_the_head_and_the_tail_of_each_stream_are_kept(with_command: Connection) -> None:
+    commands.add_output(with_command, "cmd_1", [make_piece(b"E" * 10, stream="stderr")], 100)
+    for number in range(30):
+        piece = make_piece(b"%010d" % number, 10 + 10 * number, offset=10 * number)
+        assert commands.add_output(with_command, "cmd_1", [piece], 100) == 20 + 10 * number
+    kept = commands.list_output(with_command, "cmd_1", 0, 10_000, "stdout")
+    assert [int(piece.data) for piece in kept] == [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]
+    assert text_of(commands.list_output(with_command, "cmd_1", 0, 10_000, "stderr")) == b"E" * 10
+    assert get(with_command).truncated
+    assert get(with_command).output_end == 310
+
+
+def test_output_up_to_the_quota_is_all_kept(with_command: Connection) -> None:
+    pieces = [make_piece(b"x" * 10, 10 * number) for number in range(10)]
+    commands.add_output(with_command, "cmd_1", pieces, 100)
+    assert commands.list_output(with_command, "cmd_1", 0, 10_000) == pieces
+    assert not get(with_command).truncated
+
+
+def test_what_was_dropped_is_passed_over_by_a_reader(with_command: Connection) -> None:
+    pieces = [make_piece(b"x" * 10, 10 * number) for number in range(100)]
+    commands.add_output(with_command, "cmd_1", pieces, 100)
+    assert commands.list_output(with_command, "cmd_1", 50, 1) == [make_piece(b"x" * 10, 950)]
+    assert commands.list_output(with_command, "cmd_1", 1000, 1) == []
+
+
+def test_a_reader_starts_at_any_byte(with_command: Connection) -> None:
+    commands.add_output(with_command, "cmd_1", [make_piece(b"abc"), make_piece(b"def", 3)], KEEP_ALL)
+    assert commands.list_output(with_command, "cmd_1", 1, 1000) == [make_piece(b"bc", 1), make_piece(b"def", 3)]
+    assert commands.list_output(with_command, "cmd_1", 4, 1) == [make_piece(b"ef", 4)]
+    assert commands.list_output(with_command, "cmd_1", 6, 1) == []
+
+
+def test_a_reader_of_one_stream_passes_over_the_other(with_command: Connection) -> None:
+    error = make_piece(b"abc", stream="stderr")
+    output = make_piece(b"def", 3, offset=0)
+    commands.add_output(with_command, "cmd_1", [error, output], KEEP_ALL)
+    assert commands.list_output(with_command, "cmd_1", 0, 1, "stdout") == [output]
+    assert commands.list_output(with_command, "cmd_1", 3, 1, "stderr") == []
+
+
+def test_the_tail_is_the_last_bytes(with_command: Connection) -> None:
+    commands.add_output(with_command, "cmd_1", [make_piece(b"abc"), make_piece(b"def", 3)], KEEP_ALL)
+    commands.add_command(with_command, make_command("cmd_2"))
+    commands.add_command(with_command, make_command("cmd_3"))
+    commands.add_output(with_command, "cmd_2", [make_piece(b"ghi")], KEEP_ALL)
+    assert text_of(commands.tail_output(with_command, "cmd_1", 1)) == b"f"
+    assert text_of(commands.tail_output(with_command, "cmd_1", 4)) == b"cdef"
+    assert text_of(commands.tail_output(with_command, "cmd_1", 1000)) == b"abcdef"
+    tails = commands.tail_outputs(with_command, ["cmd_1", "cmd_2", "cmd_3"], 3)
+    assert {each: text_of(pieces) for each, pieces in tails.items()} == {"cmd_1": b"def", "cmd_2": b"ghi"}
+
+
+def test_old_commands_are_removed_a_few_at_a_time(with_command: Connection) -> None:
+    for number in range(2, 6):
+        commands.add_command(
+            with_command, make_command(f"cmd_{number}", status=CommandStatus.SUCCEEDED, created_at=100.0 + number)
+        )
+        commands.add_output(with_command, f"cmd_{number}", [make_piece(b"abc")], KEEP_ALL)
+    assert commands.delete_old_commands(with_command, 105.0, 2) == 2
+    assert commands.delete_old_commands(with_command, 105.0, 2) == 1
+    assert commands.delete_old_commands(with_command, 105.0, 2) == 0
+    assert [each.id for each in commands.list_commands(with_command, "agent_1")] == ["cmd_5", "cmd_1"]
+    assert commands.list_output(with_command, "cmd_2", 0, 1000) == []
+
+
+Streams = list[tuple[Literal["stdout", "stderr"], int]]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    written=st.lists(st.tuples(st.sampled_from(["stdout", "stderr"]), st.integers(1, 9)), max_size=40),
+    batch=st.integers(1, 7),
+    start=st.integers(0, 60),
+)
+def test_whatever_is_written_is_read_back_from_anywhere(
+    with_command: Connection, written: Streams, batch: int, start: int
+) -> None:
+    offsets = {"stdout": 0, "stderr": 0}
+    pieces: list[OutputPiece] = []
+    position = 0
+    for stream, length in written:
+        data = bytes((position + index) % 251 for index in range(length))
+        pieces.append(OutputPiece(position=position, stream=stream, offset=offsets[stream], data=data))
+        position += length
+        offsets[stream] += length
+    with with_command.begin_nested() as savepoint:
+        for index in range(0, len(pieces), batch):
+            # Each batch comes with what came before, as after a broken connection.
+            commands.add_output(with_command, "cmd_1", pieces[max(index - 2, 0) : index + batch], KEEP_ALL)
+        everything = text_of(pieces)
+        assert get(with_command).output_end == len(everything)
+        assert not get(with_command).truncated
+        read, at = b"", start
+        while some := commands.list_output(with_command, "cmd_1", at, 5):
+            assert some[0].position == at
+            read, at = read + text_of(some), some[-1].end
+        assert read == everything[start:]
+        last = commands.tail_output(with_command, "cmd_1", start)
+        assert text_of(last) == everything[max(len(everything) - start, 0) :]
+        savepoint.rollback()

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.schema import CreateTable
+
+from fleetwire_server.storage.migrations import upgrade
+from fleetwire_server.storage.store import running_store
+from fleetwire_server.storage.tables import METADATA
+from fleetwire_shared.errors import ConflictError
+
+
+def test_migrations_make_the_tables_as_declared(connection: Connection) -> None:
+    context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+    assert compare_metadata(context, METADATA) == []
+
+
+@pytest.mark.parametrize("name", sorted(METADATA.tables))
+def test_migrations_make_each_table_with_the_same_words(connection: Connection, name: str) -> None:
+    """What no comparison of Alembic sees: ON DELETE, AUTOINCREMENT, WITHOUT ROWID."""
+    made = connection.execute(text("SELECT sql FROM sqlite_master WHERE name = :name"), {"name": name}).scalar_one()
+    declared = str(CreateTable(METADATA.tables[name]).compile(connection))
+    assert _words(made) == _words(declared)
+
+
+def _words(sql: str) -> list[str]:
+    return sorted(sql.replace(",", " ").replace("(", " ( ").replace(")", " ) ").replace('"', "").split())
+
+
+def test_every_foreign_key_deletes_and_has_an_index(connection: Connection) -> None:
+    inspector = inspect(connection)
+    for name in METADATA.tables:
+        keys = inspector.get_pk_constraint(name)["constrained_columns"]
+        indexed = {index["column_names"][0] for index in inspector.get_indexes(name)} | set(keys[:1])
+        for key in inspector.get_foreign_keys(name):
+            assert key["options"] == {"ondelete": "CASCADE"}
+            assert key["constrained_columns"][0] in indexed
+
+
+def test_a_second_start_changes_nothing(connection: Connection) -> None:
+    upgrade(connection)
+
+
+async def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/fleetwire.db"
+    async with running_store(url) as store:
+        await store.write(
+            lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")) and None
+        )
+    before = (tmp_path / "fleetwire.db").read_bytes()
+    with pytest.raises(ConflictError, match=r"newer version .* 9999, .* up to 0001.*backup"):
+        async with running_store(url):
+            pass
+    assert (tmp_path / "fleetwire.db").read_bytes() == before
