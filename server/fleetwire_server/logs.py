@@ -18,7 +18,11 @@ def configure_logging(config: ServerConfig) -> None:
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
         if config.log_format == "json"
-        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_level=False)
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(),
+            pad_level=False,
+            exception_formatter=structlog.dev.plain_traceback,  # the others print local variables, keys among them
+        )
     )
     final: list[structlog.typing.Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
     if config.log_format == "json":

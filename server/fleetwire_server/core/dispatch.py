@@ -337,7 +337,7 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
         "stdout_bytes": report.stdout_bytes,
         "stderr_bytes": report.stderr_bytes,
         "truncated": stored.truncated or stored.output_end < report.stdout_bytes + report.stderr_bytes,
-        "started_at": stored.started_at or now - report.duration_seconds,
+        "started_at": min(stored.started_at or now, now - report.duration_seconds),
         "finished_at": now,
         "error": report.error,
     }

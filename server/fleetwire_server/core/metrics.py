@@ -2,8 +2,8 @@
 the database."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from fleetwire_server.model import METRIC_NAMES, MinuteRollup
 from fleetwire_shared.limits import METRICS_SECONDS
@@ -143,9 +143,5 @@ def build_history(
 
 def report_document(agent_id: str, newest: Newest) -> Mapping[str, object]:
     """Return a report as the API shows it; None where the host has no such value."""
-    return dict(_fields(newest.report)) | {"agent_id": agent_id, "received_at": newest.received_at}
-
-
-def _fields(report: MetricsReport) -> Iterator[tuple[str, object]]:
-    for name in report.__dataclass_fields__:
-        yield name, getattr(report, name)
+    document = {item.name: getattr(newest.report, item.name) for item in fields(newest.report)}
+    return document | {"agent_id": agent_id, "received_at": newest.received_at}

@@ -14,11 +14,12 @@ class OpenStream:
         self.session_token_hash = session_token_hash
         self.agent_id = agent_id
         self.reason: str | None = None
+        self.is_over = False
         self._scope = scope
 
     def end(self, reason: str) -> None:
         """Make the stream's task leave its `open` block with StreamEndedError, at its next await."""
-        if self.reason is None:
+        if self.reason is None and not self.is_over:
             self.reason = reason
             self._scope.reschedule(asyncio.get_running_loop().time())
 
@@ -41,7 +42,10 @@ class OpenStreams:
                 self._streams.add(stream)
                 if self._closing_reason is not None:
                     stream.end(self._closing_reason)
-                yield stream
+                try:
+                    yield stream
+                finally:
+                    stream.is_over = True
         except TimeoutError:
             if stream is None or stream.reason is None:
                 raise
