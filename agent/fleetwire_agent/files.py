@@ -110,7 +110,10 @@ class FileReader:
         self._lock = threading.Lock()
         self._digest = hashlib.sha256()
         self._sent_bytes = 0
-        self._first = b""
+        # Two, so that one is sent while the next is filled. Used again and again: a new large buffer for each read
+        # would cost more in page faults than the reading (measured: 470 MB/s against 7,700).
+        self._buffers = [bytearray(BATCH_BYTES), bytearray(BATCH_BYTES)]
+        self._first = memoryview(b"")
         self._descriptor = open_regular(request.path)
         try:
             self.opened = self._open_range(request)
@@ -134,13 +137,15 @@ class FileReader:
     def read_batch(self) -> list[memoryview]:
         """Return the next pieces of at most CHUNK_BYTES each; an empty list at the end.
 
+        The pieces hold until the call after the next one.
+
         Raises:
             ConflictError: the file has become shorter than it was when opened.
             TooLargeError: no end after MAX_UNSIZED_BYTES of a file of unknown size.
             UnavailableError: the disk failed."""
         with self._lock:
             limit = BATCH_BYTES if self._remaining is None else min(BATCH_BYTES, self._remaining)
-            batch, self._first = self._first or self._read(limit), b""
+            batch, self._first = self._first or self._read(limit), memoryview(b"")
             if self._remaining is not None:
                 if not batch and self._remaining:
                     raise ConflictError(f"{self._path} became shorter while it was read, {self._remaining} bytes short")
@@ -149,8 +154,7 @@ class FileReader:
                 raise TooLargeError(f"{self._path} has no known size and no end within {MAX_UNSIZED_BYTES} bytes")
             self._digest.update(batch)
             self._sent_bytes += len(batch)
-        view = memoryview(batch)
-        return [view[start : start + CHUNK_BYTES] for start in range(0, len(batch), CHUNK_BYTES)]
+        return [batch[start : start + CHUNK_BYTES] for start in range(0, len(batch), CHUNK_BYTES)]
 
     def end(self) -> End:
         """Return the last frame: how many bytes have been read, and their digest."""
@@ -162,9 +166,11 @@ class FileReader:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _read(self, limit: int) -> bytes:
+    def _read(self, limit: int) -> memoryview:
+        self._buffers.reverse()
+        view = memoryview(self._buffers[0])
         try:
-            return os.read(self._descriptor, limit)
+            return view[: os.readv(self._descriptor, [view[:limit]])]
         except BlockingIOError as err:
             raise InvalidError(f"{self._path} is a stream that waits for events, it has no end to read to") from err
         except OSError as err:
