@@ -82,7 +82,8 @@ def list_commands(connection: Connection, agent_id: str, limit: int = 100) -> li
 def list_open(connection: Connection, agent_id: str) -> list[Command]:
     """Return the agent's commands that are not over, oldest first."""
     wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
-    return [_command_from(row) for row in connection.execute(wanted.order_by(COMMANDS.c.sequence))]
+    # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
+    return [_command_from(row) for row in sorted(connection.execute(wanted), key=lambda row: row.sequence)]
 
 
 def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
