@@ -25,6 +25,9 @@ FLUSH_SECONDS: Final = 0.8
 HARD_STOP_SECONDS: Final = 1.8
 """After a signal, when the agent leaves whatever still hangs (a read of a dead disk in a thread)."""
 
+FIRST_SAMPLE_SECONDS: Final = 0.5
+"""Shares and rates need two readings: the first report waits this long for its second."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -64,8 +67,9 @@ async def run_agent(config: AgentConfig) -> None:
 async def report_metrics(session: Session, outbox: Outbox) -> None:
     """Sample at the server's interval and offer the newest report to the link, until cancelled.
 
-    Samples also while the server is away: rates need a recent reading, and the first report goes out at once."""
+    Samples also while the server is away: rates need a recent reading, and the first report goes out with the welcome."""
     sampler = await asyncio.to_thread(Sampler)
+    await asyncio.sleep(FIRST_SAMPLE_SECONDS)
     next_at = time.monotonic()
     while True:
         outbox.put_report(await asyncio.to_thread(sampler.sample))

@@ -18,7 +18,7 @@ from fleetwire_server.model import Command, CommandStatus, OutputPiece
 from fleetwire_server.storage import agents, commands
 from fleetwire_server.storage.commands import CommandChanges
 from fleetwire_server.storage.store import Connection, Store
-from fleetwire_shared.errors import ConflictError, NotFoundError, ProtocolError
+from fleetwire_shared.errors import ConflictError, FleetwireError, NotFoundError, ProtocolError
 from fleetwire_shared.limits import CHUNK_BYTES, OUTPUT_KEEP_BYTES
 from fleetwire_shared.messages import (
     CommandAccepted,
@@ -38,6 +38,9 @@ from fleetwire_shared.messages import (
 logger = logging.getLogger(__name__)
 
 CommandReport: TypeAlias = CommandAccepted | CommandRejected | CommandStarted | CommandOutput | CommandFinished
+
+MAX_HELD_BY_AGENT = 128
+"""Commands one agent is given at a time; the others stay queued here, in order, and cannot overflow its ledger."""
 
 EXPIRY_ROUND_SECONDS = 1.0
 
@@ -77,18 +80,34 @@ class Dispatch:
 
         Raises:
             NotFoundError: there is no such agent."""
-        session = self._sessions.get(command.agent_id)
-        stored = await self._store.write(partial(_add, command=command, session=session))
+        session = self._reserve(command)
+        try:
+            stored = await self._store.write(partial(_add, command=command, session=session))
+        except FleetwireError:
+            if session is not None:
+                session.command_ids.discard(command.id)
+            raise
         self._announce(stored)
         present = self._sessions.get(command.agent_id)
         if session is not None and present is session:
             self._send_offer(session, stored)
-        else:
-            if session is not None:  # it left before it could be sent the offer
-                await self._store.write(partial(_requeue, command_id=stored.id))
-            if present is not None:
-                await self.offer_waiting(present)
+            return stored
+        if session is not None:  # it left before it could be sent the offer
+            await self._store.write(partial(_requeue, command_id=stored.id))
+        if present is not None:
+            await self.offer_waiting(present)
         return stored
+
+    def _reserve(self, command: Command) -> AgentSession | None:
+        """Return the session that is to be offered the command at once, None where it must wait its turn."""
+        session = self._sessions.get(command.agent_id)
+        if session is None:
+            return None
+        if session.has_queued or len(session.command_ids) >= MAX_HELD_BY_AGENT:
+            session.has_queued = True
+            return None
+        session.command_ids.add(command.id)  # counts from now on, as others may be submitted meanwhile
+        return session
 
     async def cancel(self, agent_id: str, command_id: str) -> Command:
         """Cancel a command that is not over. One that its agent may hold is over only when the agent says so.
@@ -114,7 +133,12 @@ class Dispatch:
 
     async def offer_waiting(self, session: AgentSession) -> None:
         """Offer the commands that wait for this agent, oldest first; those that waited too long expire."""
-        changed = await self._store.write(partial(_offer_waiting, session=session, now=self._now()))
+        room = MAX_HELD_BY_AGENT - len(session.command_ids)
+        if room <= 0:
+            return
+        changed, session.has_queued = await self._store.write(
+            partial(_offer_waiting, session=session, room=room, now=self._now())
+        )
         for command in changed:
             self._announce(command)
             if command.status is CommandStatus.OFFERED:
@@ -133,6 +157,8 @@ class Dispatch:
         )
         for report, change in zip(reports, changed, strict=True):
             self._acknowledge(session, report, change)
+        if session.has_queued:
+            await self.offer_waiting(session)
 
     def _acknowledge(self, session: AgentSession, report: CommandReport, change: Command | int | None) -> None:
         if isinstance(change, Command):
@@ -231,7 +257,7 @@ def _cancel(connection: Connection, *, agent_id: str, command_id: str, now: floa
 
 
 def _expire(connection: Connection, *, due: Iterable[Command], now: float) -> list[Command]:
-    error = "the agent did not connect before the command expired; it has not been run"
+    error = "the agent could not be offered the command before it expired; it has not been run"
     return [
         changed
         for command in due
@@ -242,15 +268,19 @@ def _expire(connection: Connection, *, due: Iterable[Command], now: float) -> li
     ]  # fmt: skip
 
 
-def _offer_waiting(connection: Connection, *, session: AgentSession, now: float) -> list[Command]:
+def _offer_waiting(
+    connection: Connection, *, session: AgentSession, room: int, now: float
+) -> tuple[list[Command], bool]:
+    """Offer up to `room` queued commands; return those that changed, and whether some are still queued."""
     queued = [
         command
         for command in commands.list_open(connection, session.agent_id)
         if command.status is CommandStatus.QUEUED
     ]
     expired = _expire(connection, due=[command for command in queued if command.expires_at <= now], now=now)
-    offered = [_offer(connection, command, session) for command in queued if command.expires_at > now]
-    return expired + [command for command in offered if command is not None]
+    due = [command for command in queued if command.expires_at > now]
+    offered = [_offer(connection, command, session) for command in due[:room]]
+    return expired + [command for command in offered if command is not None], len(due) > room
 
 
 def _settle(connection: Connection, *, agent_id: str, hello: Hello, now: float) -> Settled:

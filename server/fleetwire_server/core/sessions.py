@@ -38,6 +38,7 @@ class AgentSession:
     ip: str
     connected_at: float
     command_ids: set[str] = field(default_factory=set)  # commands this agent may report on in this session
+    has_queued: bool = False  # some of its commands wait here, as it holds as many as it may
 
 
 @dataclass(slots=True)
