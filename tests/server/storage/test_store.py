@@ -342,3 +342,15 @@ async def test_a_full_disk_is_told_reads_work_and_writes_come_back(small_disk: P
         await store.write(add("bob"))
         assert await store.is_healthy()
         assert "bob" in await names(store)
+
+
+async def test_closing_the_store_ends_its_writer(database_url: str) -> None:
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        async with open_store(database_url) as store:
+            writer = group.create_task(store.run_writer())
+            await store.write(add("first"))
+            queued = [store.submit(add(f"user{number:04}")) for number in range(1200)]
+            await asyncio.sleep(0)
+        await writer
+    await asyncio.gather(*queued)
+    assert len(names_in(database_url)) == 1201
