@@ -131,7 +131,7 @@ class Api:
 
     async def enrol(self, label: str, *tags: str) -> tuple[str, str]:
         """Return the new agent's id and key."""
-        answer = await self.post("/api/agents", {"label": label, "tags": tags})
+        answer = await self.post("/api/agents", {"label": label, "tags": tags}, status=201)
         return answer["agent_id"], answer["key"]
 
     async def wait_for_agent(self, agent_id: str, agent_status: str = "online", timeout_seconds: float = 30.0) -> Any:
