@@ -83,7 +83,7 @@ async def test_a_cancelled_writer_of_a_job_leaves_no_transaction_open(store: Sto
         for task in waiting:
             task.cancel()
     # Another process gets the lock, and the store goes on.
-    other = sqlite3.connect(database_file(database_url), isolation_level=None, timeout=0)
+    other = sqlite3.connect(database_file(database_url), isolation_level=None, timeout=5)
     other.execute("BEGIN IMMEDIATE")
     other.execute("ROLLBACK")
     other.close()
