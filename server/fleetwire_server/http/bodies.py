@@ -6,6 +6,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from fleetwire_server.core.sessions import AgentStatus
+from fleetwire_server.core.usernames import USERNAME_PATTERN
 from fleetwire_server.model import CommandStatus, Role
 from fleetwire_shared.limits import (
     COMMAND_TIMEOUT_DEFAULT_SECONDS,
@@ -15,13 +16,16 @@ from fleetwire_shared.limits import (
     MAX_PATH_BYTES,
 )
 
-TEXT = r"^[^\x00-\x1f\x7f]*$"
+END = r"(?![\s\S])"
+"""The end of the text: unlike `$` not before a last newline, and unlike `\\Z` also known to JSON Schema."""
+
+TEXT = rf"^[^\x00-\x1f\x7f]*{END}"
 Label = Annotated[str, Meta(min_length=1, max_length=100, pattern=TEXT, description="What people call the host.")]
 Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=TEXT)]
 Tags = Annotated[list[Tag], Meta(max_length=50)]
 Username = Annotated[
     str,
-    Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$", description="Letters, digits, `.`, `_`, `@`, `-`; at most 64."),
+    Meta(pattern=f"^{USERNAME_PATTERN}{END}", description="Letters, digits, `.`, `_`, `@`, `-`; at most 64."),
 ]
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
@@ -150,7 +154,8 @@ class ReportAnswer(Struct, kw_only=True):
 
 class ShellParams(Struct, kw_only=True):
     command: Annotated[
-        str, Meta(min_length=1, max_length=MAX_COMMAND_BYTES - 1, pattern=r"^[^\x00]*$", description="For `sh -c`.")
+        str,
+        Meta(min_length=1, max_length=MAX_COMMAND_BYTES - 1, pattern=rf"^[^\x00]*{END}", description="For `sh -c`."),
     ]
     timeout: Annotated[
         float, Meta(ge=COMMAND_TIMEOUT_MIN_SECONDS, le=COMMAND_TIMEOUT_MAX_SECONDS, description="Seconds.")
@@ -233,7 +238,12 @@ class LogStreamQuery(Struct, kw_only=True):
     unit: (
         Annotated[
             str,
-            Meta(min_length=1, max_length=256, pattern=r"^[A-Za-z0-9:_.\\@-]+$", description="systemd unit; journald."),
+            Meta(
+                min_length=1,
+                max_length=256,
+                pattern=rf"^[A-Za-z0-9:_.\\@-]+{END}",
+                description="systemd unit; journald.",
+            ),
         ]
         | None
     ) = None
