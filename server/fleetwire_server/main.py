@@ -105,7 +105,9 @@ def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.tls_cert, config.tls_key)
     except (OSError, ssl.SSLError) as err:
-        raise UnavailableError(f"the TLS certificate or key cannot be read: {err}") from err
+        raise UnavailableError(
+            f"the TLS certificate {config.tls_cert} or key {config.tls_key} cannot be used: {err}"
+        ) from err
     return context
 
 

@@ -4,10 +4,11 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from ssl import SSLContext
 from types import TracebackType
 from typing import Any, Self
 
-from aiohttp import ClientResponse, ClientSession, ClientTimeout
+from aiohttp import ClientResponse, ClientSession, ClientTimeout, TCPConnector
 from tests.support.eventually import eventually
 
 FINAL_STATUSES = frozenset(
@@ -32,14 +33,18 @@ class Api:
 
     Answers are decoded JSON; `status` is what the test expects, and another one fails it with the answer's text."""
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_seconds: float = 30.0) -> None:
+    def __init__(
+        self, url: str, *, token: str | None = None, timeout_seconds: float = 30.0, tls: SSLContext | None = None
+    ) -> None:
         self.url = url
         self.token = token
         self._timeout = ClientTimeout(total=timeout_seconds)
+        self._tls = tls
         self._session: ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = ClientSession(self.url, timeout=self._timeout)
+        connector = TCPConnector(ssl=self._tls or True)
+        self._session = ClientSession(self.url, timeout=self._timeout, connector=connector)
         return self
 
     async def __aexit__(

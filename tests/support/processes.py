@@ -154,6 +154,7 @@ class ServerProcess(Process):
         self.data_dir = directory / "data"
         self._options = list(options)
         self._port = 0
+        self._scheme = "http"
         super().__init__(
             [],
             log=directory / "server.log",
@@ -167,7 +168,7 @@ class ServerProcess(Process):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{self._scheme}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         listen = f"127.0.0.1:{self._port}"
@@ -179,8 +180,8 @@ class ServerProcess(Process):
         """Return when it says that it listens. Raises AssertionError with its log when it does not."""
         deadline = time.monotonic() + _START_SECONDS
         while time.monotonic() < deadline and self.is_running:
-            if match := re.search(r"Fleetwire listens on http://\S+:(\d+)", self.last_log_text):
-                self._port = int(match[1])
+            if match := re.search(r"Fleetwire listens on (https?)://\S+:(\d+)", self.last_log_text):
+                self._scheme, self._port = match[1], int(match[2])
                 return
             time.sleep(0.02)  # a log file has no event that tells of a line
         raise AssertionError(f"the server did not start:\n{self.log_text}")
