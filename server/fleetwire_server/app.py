@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 
 from aiohttp import web
@@ -40,6 +41,7 @@ from fleetwire_server.keys import (
     TELEMETRY,
 )
 from fleetwire_server.storage.store import open_store
+from fleetwire_shared.errors import UnavailableError
 
 MAX_BODY_BYTES = 1024 * 1024
 """Of a JSON body; files are streamed and have no limit."""
@@ -74,7 +76,8 @@ async def _open_storage(app: web.Application) -> AsyncIterator[None]:
         app[INGEST] = Ingest(store=store, sessions=app[SESSIONS], metrics=app[METRICS], fanout=app[FANOUT], now=now)
         app[DISPATCH] = Dispatch(store=store, sessions=app[SESSIONS], fanout=app[FANOUT], now=now)
         yield
-        await app[INGEST].flush(before=float("inf"))
+        with suppress(UnavailableError):  # a full disk must not keep the server from stopping
+            await app[INGEST].flush(before=float("inf"))
 
 
 async def _wake_streams_and_close_sockets(app: web.Application) -> None:

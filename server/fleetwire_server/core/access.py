@@ -1,11 +1,11 @@
 """Who a request comes from: a user by session token or ticket, an agent by key. Only hashes are compared and stored."""
 
-import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from fleetwire_server.core.loops import run_every
 from fleetwire_server.core.streams import OpenStreams
 from fleetwire_server.core.tokens import hash_token
 from fleetwire_server.model import Agent, Role, UserSession
@@ -68,12 +68,13 @@ class Access:
 
     async def run_sweep(self) -> None:
         """End the streams of logins that are over. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            open_hashes = self._streams.session_token_hashes()
-            if open_hashes:
-                valid = await self._store.read(partial(sessions.list_valid, token_hashes=open_hashes, now=self._now()))
-                self._streams.end_sessions(open_hashes - valid, "the login is over")
+        await run_every(SWEEP_SECONDS, self._sweep, "checking logins")
+
+    async def _sweep(self) -> None:
+        open_hashes = self._streams.session_token_hashes()
+        if open_hashes:
+            valid = await self._store.read(partial(sessions.list_valid, token_hashes=open_hashes, now=self._now()))
+            self._streams.end_sessions(open_hashes - valid, "the login is over")
 
 
 def _caller(session: UserSession | None, message: str) -> UserCaller:

@@ -1,7 +1,6 @@
 """The life of a command: submitted, offered, reported on by its agent, cancelled, expired. Every change is stored first
 and announced after; what an agent reports is acknowledged only once it is stored."""
 
-import asyncio
 import base64
 import binascii
 import logging
@@ -13,6 +12,7 @@ from typing import TypeAlias
 from fleetwire_server.core.command_states import OPEN, TERMINAL, is_late, sources_of
 from fleetwire_server.core.events import frame_json
 from fleetwire_server.core.fanout import FLEET_TOPIC, Fanout, command_topic
+from fleetwire_server.core.loops import run_every
 from fleetwire_server.core.sessions import AgentSession, Sessions
 from fleetwire_server.model import Command, CommandStatus, OutputPiece
 from fleetwire_server.storage import agents, commands
@@ -147,39 +147,42 @@ class Dispatch:
     async def receive(self, session: AgentSession, reports: Sequence[CommandReport]) -> None:
         """Store what the agent reports, in order and in one transaction; then announce and acknowledge it.
 
+        Reports on what this agent was not given, or has told the end of already (its answer to a cancel may cross the
+        end itself), are dropped; an end is acknowledged all the same, so that the agent forgets it.
+
         Raises:
-            ProtocolError: a report on a command this agent was not given, or one that makes no sense."""
-        for report in reports:
-            if report.command_id not in session.command_ids:
-                raise ProtocolError(f"{report.type}.command_id", "is not a command of this agent")
+            ProtocolError: a report that makes no sense."""
+        known = [report for report in reports if report.command_id in session.command_ids]
         changed = await self._store.write(
-            partial(_apply_reports, agent_id=session.agent_id, reports=reports, now=self._now())
+            partial(_apply_reports, agent_id=session.agent_id, reports=known, now=self._now())
         )
-        for report, change in zip(reports, changed, strict=True):
-            self._acknowledge(session, report, change)
+        for report, change in zip(known, changed, strict=True):
+            self._announce_report(session, report, change)
+        for report in reports:
+            if isinstance(report, CommandFinished | CommandRejected):
+                session.command_ids.discard(report.command_id)
+                session.link.send(CommandStored(command_id=report.command_id))
         if session.has_queued:
             await self.offer_waiting(session)
 
-    def _acknowledge(self, session: AgentSession, report: CommandReport, change: Command | int | None) -> None:
+    def _announce_report(self, session: AgentSession, report: CommandReport, change: Command | int | None) -> None:
         if isinstance(change, Command):
             self._announce(change)
         elif change is not None:
             session.link.send(OutputStored(command_id=report.command_id, position=change))
             self._fanout.publish(command_topic(report.command_id), b"")
-        if isinstance(report, CommandFinished | CommandRejected):
-            session.command_ids.discard(report.command_id)
-            session.link.send(CommandStored(command_id=report.command_id))
 
     # ------------------------------------------------------------ what time does
 
     async def run_expiry(self) -> None:
         """End commands that waited for their agent too long. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(EXPIRY_ROUND_SECONDS)
-            due = await self._store.read(partial(commands.list_expirable, now=self._now()))
-            if due:
-                for command in await self._store.write(partial(_expire, due=due, now=self._now())):
-                    self._announce(command)
+        await run_every(EXPIRY_ROUND_SECONDS, self._expire_due, "expiring commands")
+
+    async def _expire_due(self) -> None:
+        due = await self._store.read(partial(commands.list_expirable, now=self._now()))
+        if due:
+            for command in await self._store.write(partial(_expire, due=due, now=self._now())):
+                self._announce(command)
 
     # ------------------------------------------------------------ telling others
 

@@ -1,11 +1,11 @@
 """What arrives from agents besides reports on commands (signs of life, metrics), and its way to viewers and disk."""
 
-import asyncio
 from functools import partial
 
 from fleetwire_server.core.clock import Clock
 from fleetwire_server.core.events import frame_json
 from fleetwire_server.core.fanout import FLEET_TOPIC, Fanout, metrics_topic
+from fleetwire_server.core.loops import run_every
 from fleetwire_server.core.metrics import Metrics, Newest, report_document
 from fleetwire_server.core.sessions import Sessions
 from fleetwire_server.storage import agents
@@ -38,15 +38,15 @@ class Ingest:
 
     async def run_flush(self) -> None:
         """Store finished minutes and when agents were seen, every FLUSH_SECONDS. Runs until cancelled."""
-        while True:
-            await asyncio.sleep(FLUSH_SECONDS)
-            await self.flush(before=self._now() // 60 * 60)
+        await run_every(FLUSH_SECONDS, lambda: self.flush(before=self._now() // 60 * 60), "storing metrics")
 
     async def flush(self, *, before: float) -> None:
         """Store the rollups of minutes that began before `before`, and when agents were seen."""
-        rollups = self._metrics.take_rollups(before=before)
-        seen = self._sessions.take_unsaved()
+        rollups = self._metrics.finished_rollups(before=before)
         if rollups:
             await self._store.write(partial(stored_metrics.add_rollups, rollups=rollups))
+            self._metrics.drop_rollups(rollups)
+        seen = self._sessions.unsaved()
         if seen:
             await self._store.write(partial(agents.record_last_seen, seen=seen))
+            self._sessions.note_saved(seen)

@@ -79,20 +79,24 @@ class Metrics:
         for key in [key for key in self._minutes if key[0] == agent_id]:
             del self._minutes[key]
 
-    def take_rollups(self, *, before: float) -> list[MinuteRollup]:
-        """Return the rollups of minutes that began before `before`, and forget them."""
-        taken = [key for key in self._minutes if key[1] < before]
-        return [_rollup(agent_id, minute, self._minutes.pop((agent_id, minute))) for agent_id, minute in taken]
+    def finished_rollups(self, *, before: float) -> list[MinuteRollup]:
+        """Return the rollups of minutes that began before `before`, for storing."""
+        return [
+            MinuteRollup(
+                agent_id=agent_id,
+                minute=minute,
+                counts=dict(sums.counts),
+                sums=dict(sums.sums),
+                maxima=dict(sums.maxima),
+            )
+            for (agent_id, minute), sums in self._minutes.items()
+            if minute < before
+        ]
 
-    def waiting_rollups(self, agent_id: str) -> list[MinuteRollup]:
-        """Return the rollups of that agent which are not in the database yet."""
-        return [_rollup(agent_id, minute, sums) for (owner, minute), sums in self._minutes.items() if owner == agent_id]
-
-
-def _rollup(agent_id: str, minute: int, sums: Sums) -> MinuteRollup:
-    return MinuteRollup(
-        agent_id=agent_id, minute=minute, counts=dict(sums.counts), sums=dict(sums.sums), maxima=dict(sums.maxima)
-    )
+    def drop_rollups(self, stored: Iterable[MinuteRollup]) -> None:
+        """Forget what is stored now."""
+        for rollup in stored:
+            self._minutes.pop((rollup.agent_id, rollup.minute), None)
 
 
 def kept_values(report: MetricsReport) -> tuple[float | None, ...]:

@@ -1,10 +1,10 @@
 """What is older than it is kept for leaves the database, in transactions small enough to delay nobody."""
 
-import asyncio
 from collections.abc import Callable
 from functools import partial
 
 from fleetwire_server.core.clock import Clock
+from fleetwire_server.core.loops import run_every
 from fleetwire_server.storage import agents, commands, metrics, sessions
 from fleetwire_server.storage.store import Connection, Store
 
@@ -15,12 +15,14 @@ DAY_SECONDS = 86_400
 
 async def run_retention(store: Store, *, command_days: float, metrics_days: float, now: Clock) -> None:
     """Delete what is too old, every ROUND_SECONDS. Runs until cancelled."""
-    while True:
+
+    async def delete_old() -> None:
         await _delete_in_steps(store, partial(commands.delete_old_commands, before=now() - command_days * DAY_SECONDS))
         await _delete_in_steps(store, partial(metrics.delete_old, before=now() - metrics_days * DAY_SECONDS))
         await store.write(partial(sessions.delete_expired, now=now()))
         await store.write(partial(agents.delete_expired_keys, now=now()))
-        await asyncio.sleep(ROUND_SECONDS)
+
+    await run_every(ROUND_SECONDS, delete_old, "deleting what is too old")
 
 
 async def _delete_in_steps(store: Store, delete: Callable[..., int]) -> None:

@@ -1,7 +1,7 @@
 """Agents that are connected now, and what is known of the presence of the others."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, TypeAlias
 
@@ -145,11 +145,16 @@ class Sessions:
         presence = self._presence.get(agent_id)
         return stored if presence is None else presence.heard_at
 
-    def take_unsaved(self) -> dict[str, float]:
-        """Return when each agent heard since the last call was heard, for storing."""
-        taken = {agent_id: self._presence[agent_id].heard_at for agent_id in self._unsaved}
-        self._unsaved.clear()
-        return taken
+    def unsaved(self) -> dict[str, float]:
+        """Return, by agent, when it was last heard, where that is not stored yet."""
+        return {agent_id: self._presence[agent_id].heard_at for agent_id in self._unsaved}
+
+    def note_saved(self, saved: Mapping[str, float]) -> None:
+        """These times are stored now."""
+        for agent_id, heard_at in saved.items():
+            presence = self._presence.get(agent_id)
+            if presence is None or presence.heard_at == heard_at:
+                self._unsaved.discard(agent_id)
 
     def all(self) -> list[AgentSession]:
         return list(self._sessions.values())
