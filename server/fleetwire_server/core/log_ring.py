@@ -1,11 +1,16 @@
 """The ring between one log tail and its viewers. A viewer is a number in it and holds nothing of its own."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 RING_BYTES = 4 * 1024 * 1024
 READ_BYTES = 128 * 1024
 """A viewer is given at most about this much at a time, which bounds what lies in its socket's buffer."""
+
+ENTRY_BYTES = 400
+"""What an entry costs beside its frame: the objects, the cursor, its place in the index (measured)."""
 
 _DROPS_BEFORE_COMPACTION = 4096
 
@@ -16,6 +21,10 @@ class Entry:
 
     frame: bytes
     cursor: str | None
+
+    @property
+    def cost_bytes(self) -> int:
+        return len(self.frame) + ENTRY_BYTES
 
 
 class LogEndedError(Exception):
@@ -31,7 +40,8 @@ class LogRing:
     """The last events of a tail, numbered from 0 on.
 
     The writer waits while it is more than half the ring ahead of the fastest reader, so that reader never misses one;
-    a slower reader may find that its place was overwritten, and must fetch from the host what it missed."""
+    a slower reader may find that its place was overwritten, and must fetch from the host what it missed. Without any
+    reader the writer goes on, so that the ring is up to date for the next one."""
 
     def __init__(self, *, ring_bytes: int = RING_BYTES) -> None:
         self._ring_bytes = ring_bytes
@@ -39,9 +49,10 @@ class LogRing:
         self._dropped = 0
         self._base = 0  # number of _entries[0]
         self._held_bytes = 0
-        self._ahead_bytes = 0  # written since the fastest reader's place
-        self._fastest = 0
-        self._numbers: dict[str, int] = {}  # cursor -> number
+        self._readers = 0
+        self._fastest = 0  # the furthest place any reader has come to
+        self._ahead_bytes = 0  # held from `_fastest` on
+        self._numbers: dict[str, int] = {}  # cursor -> number, oldest first
         self._changed = asyncio.Event()
         self._failure: LogEndedError | None = None
 
@@ -54,8 +65,13 @@ class LogRing:
         return self._base + len(self._entries)
 
     @property
-    def has_failed(self) -> bool:
-        return self._failure is not None
+    def held_bytes(self) -> int:
+        return self._held_bytes
+
+    @property
+    def newest_cursor(self) -> str | None:
+        """The cursor of the last line, None when there is none in the ring."""
+        return next(reversed(self._numbers), None)
 
     def number_of(self, cursor: str) -> int | None:
         """Return the number of the line with that cursor, None when it is not in the ring."""
@@ -69,25 +85,44 @@ class LogRing:
             return None
         return list(self._numbers.values())[-lines]
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Count as a reader, which the writer waits for, while the block runs."""
+        self._readers += 1
+        try:
+            yield
+        finally:
+            self._readers -= 1
+            self._wake()
+
     async def write(self, entries: list[Entry]) -> None:
-        while self._ahead_bytes > self._ring_bytes // 2:
+        while self._readers and self._ahead_bytes > self._ring_bytes // 2:
             await self._changed.wait()
         for entry in entries:
-            if entry.cursor is not None:
-                self._numbers[entry.cursor] = self.end
-            self._entries.append(entry)
-            self._held_bytes += len(entry.frame)
-            self._ahead_bytes += len(entry.frame)
+            self._append(entry)
         while self._held_bytes > self._ring_bytes and self.end - self.first > 1:
             self._drop_oldest()
         self._wake()
 
+    def _append(self, entry: Entry) -> None:
+        if entry.cursor is not None:
+            # A truncated file has the same cursors again: the newest line of that name counts, and comes last.
+            self._numbers.pop(entry.cursor, None)
+            self._numbers[entry.cursor] = self.end
+        self._entries.append(entry)
+        self._held_bytes += entry.cost_bytes
+        self._ahead_bytes += entry.cost_bytes
+
     def _drop_oldest(self) -> None:
         entry = self._entries[self._dropped]
+        number = self.first
+        self._held_bytes -= entry.cost_bytes
+        if number >= self._fastest:
+            self._ahead_bytes -= entry.cost_bytes
+            self._fastest = number + 1
+        if entry.cursor is not None and self._numbers.get(entry.cursor) == number:
+            del self._numbers[entry.cursor]
         self._dropped += 1
-        self._held_bytes -= len(entry.frame)
-        if entry.cursor is not None:
-            self._numbers.pop(entry.cursor, None)
         if self._dropped >= _DROPS_BEFORE_COMPACTION:
             del self._entries[: self._dropped]
             self._base += self._dropped
@@ -124,8 +159,8 @@ class LogRing:
 
     def _note_place(self, number: int) -> None:
         if number > self._fastest:
-            passed = self._entries[max(self._fastest - self._base, self._dropped) : number - self._base]
-            self._ahead_bytes -= sum(len(entry.frame) for entry in passed)
+            passed = self._entries[self._fastest - self._base : number - self._base]
+            self._ahead_bytes -= sum(entry.cost_bytes for entry in passed)
             self._fastest = number
             self._wake()
 

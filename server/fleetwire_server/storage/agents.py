@@ -11,6 +11,8 @@ from fleetwire_shared.errors import ConflictError, NotFoundError
 
 from .tables import AGENT_KEYS, AGENTS
 
+_GET = select(AGENTS).where(AGENTS.c.id == bindparam("agent_id"))
+
 
 def add_agent(connection: Connection, agent: Agent, key: AgentKey) -> None:
     """Raises ConflictError when the id is taken."""
@@ -34,7 +36,7 @@ def add_agent(connection: Connection, agent: Agent, key: AgentKey) -> None:
 
 
 def get_agent(connection: Connection, agent_id: str) -> Agent | None:
-    row = connection.execute(select(AGENTS).where(AGENTS.c.id == agent_id)).one_or_none()
+    row = connection.execute(_GET, {"agent_id": agent_id}).one_or_none()
     return None if row is None else _agent_from(row)
 
 

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Collection, Iterable, Sequence
+from functools import cache
 from typing import Any, Literal, TypedDict, Unpack
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from fleetwire_server.model import Command, CommandStatus, OutputPiece
 from fleetwire_shared.errors import NotFoundError
@@ -13,6 +15,14 @@ from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
 
 OPEN_STATUSES = (CommandStatus.QUEUED, CommandStatus.OFFERED, CommandStatus.ACCEPTED, CommandStatus.RUNNING)
 """In these a command is not over. `lost` and `interrupted` are ends, though a late truth may refine them."""
+
+# Statements of every command's way are built once: building one takes longer than running it.
+_AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
+_ADD = insert(COMMANDS)
+_GET = select(COMMANDS).where(COMMANDS.c.id == bindparam("id"), COMMANDS.c.agent_id == bindparam("agent_id"))
+_GET_OUTPUT_END = select(COMMANDS.c.output_end, COMMANDS.c.truncated).where(COMMANDS.c.id == bindparam("id"))
+_ADD_OUTPUT = insert(COMMAND_OUTPUT)
+_SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
 _OPEN = tuple(status.value for status in OPEN_STATUSES)
 _STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
@@ -38,38 +48,38 @@ class CommandChanges(TypedDict, total=False):
 
 def add_command(connection: Connection, command: Command) -> None:
     """Raises NotFoundError when the agent was deleted meanwhile."""
-    if connection.execute(select(AGENTS.c.id).where(AGENTS.c.id == command.agent_id)).one_or_none() is None:
+    if connection.execute(_AGENT_EXISTS, {"agent_id": command.agent_id}).one_or_none() is None:
         raise NotFoundError(f"there is no agent {command.agent_id}")
     connection.execute(
-        insert(COMMANDS).values(
-            id=command.id,
-            agent_id=command.agent_id,
-            type=command.type,
-            params=json.dumps(dict(command.params), separators=(",", ":")),
-            status=command.status.value,
-            timeout_seconds=command.timeout_seconds,
-            created_at=command.created_at,
-            created_by=command.created_by,
-            expires_at=command.expires_at,
-            offered_to=command.offered_to,
-            started_at=command.started_at,
-            finished_at=command.finished_at,
-            cancel_requested_at=command.cancel_requested_at,
-            exit_code=command.exit_code,
-            stdout_bytes=command.stdout_bytes,
-            stderr_bytes=command.stderr_bytes,
-            output_end=command.output_end,
-            truncated=command.truncated,
-            late=command.late,
-            error=command.error,
-        )
+        _ADD,
+        {
+            "id": command.id,
+            "agent_id": command.agent_id,
+            "type": command.type,
+            "params": json.dumps(dict(command.params), separators=(",", ":")),
+            "status": command.status.value,
+            "timeout_seconds": command.timeout_seconds,
+            "created_at": command.created_at,
+            "created_by": command.created_by,
+            "expires_at": command.expires_at,
+            "offered_to": command.offered_to,
+            "started_at": command.started_at,
+            "finished_at": command.finished_at,
+            "cancel_requested_at": command.cancel_requested_at,
+            "exit_code": command.exit_code,
+            "stdout_bytes": command.stdout_bytes,
+            "stderr_bytes": command.stderr_bytes,
+            "output_end": command.output_end,
+            "truncated": command.truncated,
+            "late": command.late,
+            "error": command.error,
+        },
     )
 
 
 def get_command(connection: Connection, agent_id: str, command_id: str) -> Command | None:
     """Return the command if it is of that agent."""
-    wanted = select(COMMANDS).where(COMMANDS.c.id == command_id, COMMANDS.c.agent_id == agent_id)
-    row = connection.execute(wanted).one_or_none()
+    row = connection.execute(_GET, {"id": command_id, "agent_id": agent_id}).one_or_none()
     return None if row is None else _command_from(row)
 
 
@@ -105,14 +115,21 @@ def update_command(
     **changes: Unpack[CommandChanges],
 ) -> Command | None:
     """Change a command that is in one of the expected statuses and return it as it is now; else return None."""
-    rows = connection.execute(
+    statement = _update_of(tuple(changes))
+    expected = [status.value for status in expected_statuses]
+    row = connection.execute(statement, {"of_id": command_id, "expected": expected, **changes}).one_or_none()
+    return None if row is None else _command_from(row)
+
+
+@cache
+def _update_of(names: tuple[str, ...]) -> ReturningUpdate[Any]:
+    """Return the statement that sets these columns of a command."""
+    return (
         update(COMMANDS)
-        .where(COMMANDS.c.id == command_id, COMMANDS.c.status.in_([status.value for status in expected_statuses]))
-        .values(dict(changes))
+        .where(COMMANDS.c.id == bindparam("of_id"), COMMANDS.c.status.in_(bindparam("expected", expanding=True)))
+        .values({name: bindparam(name) for name in names})
         .returning(*COMMANDS.c)
     )
-    row = rows.one_or_none()
-    return None if row is None else _command_from(row)
 
 
 def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputPiece], keep_bytes: int) -> int | None:
@@ -124,15 +141,14 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
 
     Returns:
         None when there is no such command (any more)."""
-    known = select(COMMANDS.c.output_end, COMMANDS.c.truncated).where(COMMANDS.c.id == command_id)
-    row = connection.execute(known).one_or_none()
+    row = connection.execute(_GET_OUTPUT_END, {"id": command_id}).one_or_none()
     if row is None:
         return None
     fresh, has_gap = _fresh_pieces(pieces, row.output_end)
     if not fresh:
         return int(row.output_end)
     connection.execute(
-        insert(COMMAND_OUTPUT),
+        _ADD_OUTPUT,
         [
             {"command_id": command_id, "position": p.position, "stream": p.stream, "offset": p.offset, "data": p.data}
             for p in fresh
@@ -140,9 +156,12 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
     )
     deleted = sum(_delete_middle(connection, command_id, stream, fresh, keep_bytes // 2) for stream in _STREAMS)
     connection.execute(
-        update(COMMANDS)
-        .where(COMMANDS.c.id == command_id)
-        .values(output_end=fresh[-1].end, truncated=bool(row.truncated or has_gap or deleted))
+        _SET_OUTPUT_END,
+        {
+            "of_id": command_id,
+            "output_end": fresh[-1].end,
+            "truncated": bool(row.truncated or has_gap or deleted),
+        },
     )
     return fresh[-1].end
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from itertools import islice
 
-from sqlalchemy import Connection, delete, insert, select
+from sqlalchemy import Connection, bindparam, delete, insert, select
 
 from fleetwire_server.model import Role, StreamTicket, UserSession
 from fleetwire_shared.errors import UnauthorizedError
@@ -11,6 +11,13 @@ from fleetwire_shared.errors import UnauthorizedError
 from .tables import SESSIONS, STREAM_TICKETS, USERS
 
 _HASHES_PER_QUERY = 1000  # SQLite takes some ten thousand values in one statement; PostgreSQL fewer with comfort
+
+# Read at every request: building the statement would take longer than running it.
+_GET = (
+    select(SESSIONS, USERS.c.role)
+    .join_from(SESSIONS, USERS)
+    .where(SESSIONS.c.token_hash == bindparam("token_hash"), SESSIONS.c.expires_at > bindparam("now"))
+)
 
 
 def add_session(connection: Connection, session: UserSession) -> None:
@@ -32,11 +39,7 @@ def add_session(connection: Connection, session: UserSession) -> None:
 
 def get_session(connection: Connection, token_hash: str, now: float) -> UserSession | None:
     """Return the session with its user's present role; None when there is none or it has expired."""
-    row = connection.execute(
-        select(SESSIONS, USERS.c.role)
-        .join_from(SESSIONS, USERS)
-        .where(SESSIONS.c.token_hash == token_hash, SESSIONS.c.expires_at > now)
-    ).one_or_none()
+    row = connection.execute(_GET, {"token_hash": token_hash, "now": now}).one_or_none()
     if row is None:
         return None
     return UserSession(
