@@ -14,7 +14,7 @@ from fleetwire_server.http.bodies import CommandAnswer, CommandQueued, CommandRe
 from fleetwire_server.http.requests import USER, answer, parse_query, read_json
 from fleetwire_server.http.sse import EventStream, serve_events
 from fleetwire_server.keys import DISPATCH, FANOUT, NOW, SESSIONS, STORE
-from fleetwire_server.model import Command, OutputPiece
+from fleetwire_server.model import Command, CommandStatus, OutputPiece
 from fleetwire_server.storage import commands
 from fleetwire_server.storage.store import Connection
 from fleetwire_shared.errors import InvalidError, NotFoundError
@@ -109,34 +109,43 @@ async def stream_command(request: web.Request) -> web.StreamResponse:
 
     async def feed(stream: EventStream) -> None:
         with request.app[FANOUT].subscribe(command_topic(command.id), Keep.NEWEST) as changes:
-            await _follow(request, stream, position, changes)
+            await _follow(request, stream, command, position, changes)
 
     return await serve_events(request, feed, command.agent_id)
 
 
-async def _follow(request: web.Request, stream: EventStream, position: int, changes: Subscription) -> None:
-    shown: Command | None = None
+async def _follow(
+    request: web.Request, stream: EventStream, command: Command, position: int, changes: Subscription
+) -> None:
+    shown: CommandStatus | None = None
     while True:
-        # Read before the output: when this says that the command is over, all its output is there.
-        command = await require_command(request)
-        if shown is None or shown.status is not command.status:
-            shown = command
+        news = await request.app[STORE].read(partial(_read_news, command=command, position=position))
+        if news is None:
+            return  # the agent was deleted, and the command with it
+        command, pieces = news
+        if shown is not command.status:
+            shown = command.status
             await stream.send_frames(_status_frame(command))
-        position = await _send_output(request, stream, command.id, position)
+        if pieces:
+            await stream.send_frames(b"".join(_output_frames(pieces, position)))
+            position = pieces[-1].end
+            if position < command.output_end:
+                continue
         if command.status in TERMINAL:
             await stream.send_frames(frame_json({"reason": command.status}, event="end"))
             return
         await changes.get()
 
 
-async def _send_output(request: web.Request, stream: EventStream, command_id: str, position: int) -> int:
-    """Send what is stored from `position` on; return the position after it."""
-    while pieces := await request.app[STORE].read(
-        partial(commands.list_output, command_id=command_id, from_position=position, limit_bytes=READ_BYTES)
-    ):
-        await stream.send_frames(b"".join(_output_frames(pieces, position)))
-        position = pieces[-1].end
-    return position
+def _read_news(connection: Connection, *, command: Command, position: int) -> tuple[Command, list[OutputPiece]] | None:
+    """Return the command as it is now and some of its output from `position` on, of one state of the database:
+    where that says that the command is over, it has all its output."""
+    now = commands.get_command(connection, command.agent_id, command.id)
+    if now is None:
+        return None
+    if now.output_end <= position:
+        return now, []
+    return now, commands.list_output(connection, command.id, position, READ_BYTES)
 
 
 def _output_frames(pieces: Sequence[OutputPiece], position: int) -> list[bytes]:
