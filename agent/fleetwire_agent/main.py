@@ -67,7 +67,7 @@ async def run_agent(config: AgentConfig) -> None:
 async def report_metrics(session: Session, outbox: Outbox) -> None:
     """Sample at the server's interval and offer the newest report to the link, until cancelled.
 
-    Samples also while the server is away: rates need a recent reading, and the first report goes out with the welcome."""
+    Samples also while the server is away: rates need a recent reading, and a report is there for the next welcome."""
     sampler = await asyncio.to_thread(Sampler)
     await asyncio.sleep(FIRST_SAMPLE_SECONDS)
     next_at = time.monotonic()

@@ -3,6 +3,7 @@
 import os
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mountpoint)], check=True)
 
 
+def fill(file: Path) -> None:
+    """Write to the file until nothing fits any more."""
+    with file.open("wb") as ballast, suppress(OSError):
+        while True:
+            os.write(ballast.fileno(), bytes(4096))
+
+
 async def test_a_full_disk_refuses_what_it_cannot_keep_and_recovers_with_space(
     small_disk: Path, start_server: StartServer, start_agent: StartAgent, open_api: OpenApi
 ) -> None:
@@ -30,10 +38,7 @@ async def test_a_full_disk_refuses_what_it_cannot_keep_and_recovers_with_space(
     agent = await start_agent(api)
     before = await api.run(agent.agent_id, "echo before")
     ballast = small_disk / "ballast"
-    with ballast.open("wb") as file:  # unbuffered writes until nothing fits any more
-        with pytest.raises(OSError, match="No space"):
-            while True:
-                os.write(file.fileno(), bytes(4096))
+    fill(ballast)
 
     refused = await api.post(
         f"/api/agents/{agent.agent_id}/commands",
