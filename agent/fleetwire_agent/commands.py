@@ -137,7 +137,7 @@ class Commands:
             self._ledger.remember(ending)
             return ending
         if entry.result:
-            return entry.result
+            return None  # told by itself, after the output that comes before it
         if run := self._runs.get(command_id):
             run.request_stop("cancelled")
             return None
@@ -163,7 +163,7 @@ class Commands:
             self._ledger.send_again(entry, position=settlement.output_position if settlement else 0)
             if settlement and settlement.action == "cancel":
                 answer = self.cancel(CommandCancel(command_id=held.command_id))
-                answers += [answer] if isinstance(answer, CommandRejected) else []  # a result is sent after its output
+                answers += [answer] if answer else []
         return answers
 
     async def stop(self) -> None:
