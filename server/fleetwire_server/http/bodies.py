@@ -20,12 +20,23 @@ END = r"(?![\s\S])"
 """The end of the text: unlike `$` not before a last newline, and unlike `\\Z` also known to JSON Schema."""
 
 TEXT = rf"^[^\x00-\x1f\x7f]*{END}"
+NO_NUL = rf"^[^\x00]*{END}"
+USERNAME = f"^{USERNAME_PATTERN}{END}"
+UNIT = rf"^[A-Za-z0-9:_.\\@-]+{END}"
+
+PATTERN_WORDS = {
+    TEXT: "without control characters",
+    NO_NUL: "without NUL characters",
+    USERNAME: "out of A-Z a-z 0-9 . _ @ - that begins with a letter or digit and has at most 64 characters",
+    UNIT: "that is the name of a systemd unit",
+}
+"""What each pattern asks for, in words for people."""
 Label = Annotated[str, Meta(min_length=1, max_length=100, pattern=TEXT, description="What people call the host.")]
 Tag = Annotated[str, Meta(min_length=1, max_length=50, pattern=TEXT)]
 Tags = Annotated[list[Tag], Meta(max_length=50)]
 Username = Annotated[
     str,
-    Meta(pattern=f"^{USERNAME_PATTERN}{END}", description="Letters, digits, `.`, `_`, `@`, `-`; at most 64."),
+    Meta(pattern=USERNAME, description="Letters, digits, `.`, `_`, `@`, `-`; at most 64."),
 ]
 Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
@@ -155,7 +166,7 @@ class ReportAnswer(Struct, kw_only=True):
 class ShellParams(Struct, kw_only=True):
     command: Annotated[
         str,
-        Meta(min_length=1, max_length=MAX_COMMAND_BYTES - 1, pattern=rf"^[^\x00]*{END}", description="For `sh -c`."),
+        Meta(min_length=1, max_length=MAX_COMMAND_BYTES - 1, pattern=NO_NUL, description="For `sh -c`."),
     ]
     timeout: Annotated[
         float, Meta(ge=COMMAND_TIMEOUT_MIN_SECONDS, le=COMMAND_TIMEOUT_MAX_SECONDS, description="Seconds.")
@@ -241,7 +252,7 @@ class LogStreamQuery(Struct, kw_only=True):
             Meta(
                 min_length=1,
                 max_length=256,
-                pattern=rf"^[A-Za-z0-9:_.\\@-]+{END}",
+                pattern=UNIT,
                 description="systemd unit; journald.",
             ),
         ]

@@ -1,14 +1,14 @@
 """Reading what came in, and answering: the few lines every handler shares."""
 
 import asyncio
-import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
 from fleetwire_server.core.access import AgentCaller, UserCaller
 from fleetwire_server.http.bodies import to_json
+from fleetwire_server.http.explain import explain
 from fleetwire_shared.errors import InvalidError, PeerTimeoutError
 
 BODY_SECONDS = 30.0
@@ -19,8 +19,6 @@ USER: web.RequestKey[UserCaller] = web.RequestKey("user", UserCaller)
 AGENT: web.RequestKey[AgentCaller] = web.RequestKey("agent", AgentCaller)
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 CLIENT_ADDRESS: web.RequestKey[str] = web.RequestKey("client_address", str)
-
-_AT = re.compile(r" - at `\$\.?(?P<path>.*)`$")
 
 
 def parse_query(request: web.Request, kind: type[S]) -> S:
@@ -56,32 +54,6 @@ async def read_json(request: web.Request, kind: type[S], *, default: S | None = 
         raise InvalidError(explain(err, kind)) from err
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
         raise InvalidError(f"the body must be a JSON object; {err}") from err
-
-
-def explain(err: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:
-    """Return the decoder's complaint, led by the field's name and followed by the values an enumeration allows."""
-    message = str(err)
-    at = _AT.search(message)
-    if at is None:
-        return message
-    path = at["path"] or "the body"
-    problem = message[: at.start()]
-    allowed = _allowed_values(kind, path)
-    return f"{path}: {problem}" + (f"; it must be one of {', '.join(allowed)}" if allowed else "")
-
-
-def _allowed_values(kind: type[msgspec.Struct], path: str) -> list[str]:
-    (schema,), components = msgspec.json.schema_components([kind])
-    for name in path.split("."):
-        schema = _resolve(schema, components).get("properties", {}).get(name, {})
-    options = [_resolve(option, components) for option in schema.get("anyOf", [schema])]
-    return [str(value) for option in options for value in option.get("enum", [])]
-
-
-def _resolve(schema: dict[str, Any], components: dict[str, Any]) -> dict[str, Any]:
-    reference = schema.get("$ref")
-    resolved: dict[str, Any] = components[reference.rpartition("/")[2]] if reference else schema
-    return resolved
 
 
 def answer(document: object, *, status: int = 200) -> web.Response:
