@@ -1,0 +1,1 @@
+"""scripts/bench: measures real processes on loopback and prints one table."""
