@@ -152,7 +152,10 @@ def _output_frames(pieces: Sequence[OutputPiece], position: int) -> list[bytes]:
     frames = []
     for piece in pieces:
         if piece.position > position:
-            missing = {"count": piece.position - position, "reason": "not kept: beyond the quota, or dropped while the server was away"}
+            missing = {
+                "count": piece.position - position,
+                "reason": "not kept: beyond the quota, or dropped while the server was away",
+            }
             frames.append(frame_json(missing, event="gap"))
         document = {"stream": piece.stream, "offset": piece.offset, "text": piece.data.decode("utf-8", "replace")}
         frames.append(frame_json(document, event="output", event_id=str(piece.end)))
