@@ -114,7 +114,7 @@ class Channels:
         for channel in [channel for channel in self._channels.values() if channel.agent_id == agent_id]:
             if not channel.socket.done():
                 channel.socket.set_exception(UnavailableError("the agent went away"))
-            elif channel.socket.exception() is None:
+            elif not channel.socket.cancelled() and channel.socket.exception() is None:
                 await channel.socket.result().close()
 
 

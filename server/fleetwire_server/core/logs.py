@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeAlias
 
 from fleetwire_server.core.channels import Channels, ChannelSocket, receive_message
 from fleetwire_server.core.events import frame_json, frame_text
@@ -24,6 +25,9 @@ OPEN_SECONDS = 15.0
 REOPEN_SECONDS = 1.0
 MEET_SECONDS = 0.2
 """How long a viewer that reads by itself waits for the tail to reach the line it is at."""
+
+CURRENT_SECONDS = 1.0
+"""A tail that has waited for the next line for this long has read all there is: the agent looks every 0.2 s."""
 
 ALL_LINES = 2**31 - 1
 
@@ -46,6 +50,9 @@ class LogStart:
     lines: int = 10
     since: float | None = None
     cursor: str | None = None
+
+
+_TailKey: TypeAlias = tuple[str, LogQuery]
 
 
 def entries_of(message: ChannelMessage | bytes) -> list[Entry]:
@@ -72,23 +79,26 @@ def entries_of(message: ChannelMessage | bytes) -> list[Entry]:
 class LogTail:
     """One tail on a host: its ring, and who looks at it."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: LogStart) -> None:
         self.ring = LogRing()
         self.opened: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.viewers = 0
         self.task: asyncio.Task[None] | None = None
-        self.stop: asyncio.TimerHandle | None = None
+        self.idle_since: float | None = None  # loop time; None while there is something to do
+        self._start = start
+        self._viewers = 0
+        self._linger: asyncio.TimerHandle | None = None
 
     def enter(self) -> None:
-        self.viewers += 1
-        if self.stop is not None:
-            self.stop.cancel()
-            self.stop = None
+        self._viewers += 1
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
 
-    def leave(self) -> None:
-        self.viewers -= 1
-        if self.viewers == 0 and self.task is not None:
-            self.stop = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.task.cancel)
+    def leave(self, linger_seconds: float, stop: Callable[[], None]) -> None:
+        """Note that a viewer left; call `stop` when none has come for `linger_seconds` after the last."""
+        self._viewers -= 1
+        if self._viewers == 0:
+            self._linger = asyncio.get_running_loop().call_later(linger_seconds, stop)
 
     def place_for(self, start: LogStart) -> int | None:
         """Return where in the ring a viewer that came later begins, None when it must ask the host."""
@@ -97,7 +107,14 @@ class LogTail:
             return None if number is None else number + 1
         if start.since is not None:
             return None
-        return self.ring.number_of_last_lines(start.lines)
+        if self._is_current() or start == self._start == LogStart(lines=0):
+            return self.ring.number_of_last_lines(start.lines)
+        return None
+
+    def _is_current(self) -> bool:
+        """Whether the newest line in the ring is the newest of the log: its last lines are the log's only then."""
+        now = asyncio.get_running_loop().time()
+        return self.idle_since is not None and now - self.idle_since >= CURRENT_SECONDS
 
 
 @dataclass(slots=True)
@@ -114,35 +131,50 @@ class LogViewer:
 
         Raises:
             LogEndedError: the log cannot be followed any further."""
-        start = self.start
         while True:
-            if self.number is None:
-                async with aclosing(self._catch_up(start)) as batches:
-                    async for entries in batches:
-                        yield b"".join(entry.frame for entry in entries)
-                        start = _after(entries, start)
-            else:
-                read = await self.ring.read(self.number)
-                if read is None:
-                    self.number = None
-                    continue
-                self.number += len(read)
-                start = _after(read, start)
-                yield b"".join(entry.frame for entry in read)
-
-    async def _catch_up(self, start: LogStart) -> AsyncGenerator[list[Entry], None]:
-        """Yield entries from the host until they meet the ring, where `number` then is."""
-        try:
-            async with aclosing(self.read_host(start)) as batches:
+            source = self._catch_up() if self.number is None else self._read_ring(self.number)
+            async with aclosing(source) as batches:
                 async for entries in batches:
+                    self.start = _after(entries, self.start)
+                    yield b"".join(entry.frame for entry in entries)
+
+    async def _read_ring(self, number: int) -> AsyncGenerator[list[Entry], None]:
+        """Yield what the tail brings, until this viewer is so slow that its place was overwritten."""
+        with self.ring.reading():
+            while (entries := await self.ring.read(number)) is not None:
+                number += len(entries)
+                yield entries
+        self.number = None
+
+    async def _catch_up(self) -> AsyncGenerator[list[Entry], None]:
+        """Yield entries from the host until they meet the ring, where `number` then is."""
+        before: str | None = None
+        try:
+            async with aclosing(self.read_host(self.start)) as batches:
+                async for entries in batches:
+                    if not entries:
+                        continue
                     yield entries
                     cursor = last_cursor(entries)
-                    met = None if cursor is None else await self.ring.wait_for_cursor(cursor, MEET_SECONDS)
+                    if cursor is None:
+                        continue
+                    met = await self._meet(entries, cursor, before)
                     if met is not None:
                         self.number = met + 1
                         return
+                    before = cursor
         except FleetwireError as err:
             raise LogEndedError(err.message) from err
+
+    async def _meet(self, entries: list[Entry], cursor: str, before: str | None) -> int | None:
+        """Return the number in the ring of the last of `entries`; wait for it if the tail is just a little behind."""
+        number = self.ring.number_of(cursor)
+        if number is not None:
+            return number
+        newest = self.ring.newest_cursor
+        if newest is None or (newest != before and all(entry.cursor != newest for entry in entries)):
+            return None
+        return await self.ring.wait_for_cursor(cursor, MEET_SECONDS)
 
 
 def _after(entries: list[Entry], start: LogStart) -> LogStart:
@@ -154,10 +186,11 @@ def _after(entries: list[Entry], start: LogStart) -> LogStart:
 class Logs:
     """All tails of all agents."""
 
-    def __init__(self, *, sessions: Sessions, channels: Channels) -> None:
+    def __init__(self, *, sessions: Sessions, channels: Channels, linger_seconds: float = LINGER_SECONDS) -> None:
         self._sessions = sessions
         self._channels = channels
-        self._tails: dict[tuple[str, LogQuery], LogTail] = {}
+        self._linger_seconds = linger_seconds
+        self._tails: dict[_TailKey, LogTail] = {}
         self._group: asyncio.TaskGroup | None = None
 
     async def run(self) -> None:
@@ -171,56 +204,80 @@ class Logs:
 
         Raises:
             FleetwireError: the agent is away or refuses, before anything was sent to the viewer."""
-        self._sessions.require(agent_id)
-        tail = self._tails.get((agent_id, query))
-        is_new = tail is None
-        if tail is None:
-            tail = self._start_tail(agent_id, query, start)
-        tail.enter()
+        key = agent_id, query
+        tail, number = await self._enter(key, start)
         try:
-            await asyncio.shield(tail.opened)
-            number = 0 if is_new else tail.place_for(start)
-            yield LogViewer(tail.ring, start, number, partial(self._read_host, agent_id, query))
+            yield LogViewer(tail.ring, start, number, partial(self._read_host, key))
         finally:
-            tail.leave()
+            self._leave(key, tail)
 
-    def _start_tail(self, agent_id: str, query: LogQuery, start: LogStart) -> LogTail:
+    async def _enter(self, key: _TailKey, start: LogStart) -> tuple[LogTail, int | None]:
+        """Return a tail that is open and counts this viewer, and the viewer's place in its ring."""
+        while True:
+            self._sessions.require(key[0])
+            tail = self._tails.get(key)
+            is_new = tail is None
+            if tail is None:
+                tail = self._start_tail(key, start)
+            tail.enter()
+            try:
+                await asyncio.shield(tail.opened)
+            except BaseException as err:
+                self._leave(key, tail)
+                if is_new or not isinstance(err, FleetwireError):
+                    raise
+                continue  # what was refused may be another viewer's cursor
+            return tail, 0 if is_new else tail.place_for(start)
+
+    def _leave(self, key: _TailKey, tail: LogTail) -> None:
+        tail.leave(self._linger_seconds, partial(self._stop_tail, key, tail))
+
+    def _start_tail(self, key: _TailKey, start: LogStart) -> LogTail:
         if self._group is None:
             raise UnavailableError("the server is starting; try again")
-        tail = self._tails[agent_id, query] = LogTail()
-        tail.task = self._group.create_task(self._run_tail(agent_id, query, tail, start))
+        tail = self._tails[key] = LogTail(start)
+        tail.task = self._group.create_task(self._run_tail(key, tail, start))
         return tail
 
-    async def _run_tail(self, agent_id: str, query: LogQuery, tail: LogTail, start: LogStart) -> None:
-        reason = "the log is not followed any more"
+    def _stop_tail(self, key: _TailKey, tail: LogTail) -> None:
+        if self._tails.get(key) is tail:
+            del self._tails[key]
+        if tail.task is not None:
+            tail.task.cancel()
+
+    async def _run_tail(self, key: _TailKey, tail: LogTail, start: LogStart) -> None:
+        loop = asyncio.get_running_loop()
+        failure: FleetwireError = UnavailableError("the log is not followed any more")
         try:
-            async with aclosing(self._read_host(agent_id, query, start)) as batches:
+            async with aclosing(self._read_host(key, start)) as batches:
                 async for entries in batches:
+                    tail.idle_since = None
                     if not tail.opened.done():
                         tail.opened.set_result(None)
                     await tail.ring.write(entries)
+                    tail.idle_since = loop.time()
         except FleetwireError as err:
-            reason = err.message
-            if not tail.opened.done():
-                tail.opened.set_exception(err)
-                tail.opened.exception()  # looked at here, as every viewer may have left
+            failure = err
         finally:
-            if self._tails.get((agent_id, query)) is tail:
-                del self._tails[agent_id, query]
-            tail.opened.cancel()
-            tail.ring.fail(reason)
+            if self._tails.get(key) is tail:
+                del self._tails[key]
+            if not tail.opened.done():
+                tail.opened.set_exception(failure)
+                tail.opened.exception()  # looked at here, as every viewer may have left
+            tail.ring.fail(failure.message)
 
-    async def _read_host(self, agent_id: str, query: LogQuery, start: LogStart) -> AsyncGenerator[list[Entry], None]:
-        """Yield what the log holds from `start` on, first an empty list when the agent opened it. When the agent goes
-        away, go on from the same line as soon as it is back.
+    async def _read_host(self, key: _TailKey, start: LogStart) -> AsyncGenerator[list[Entry], None]:
+        """Yield what the log holds from `start` on, an empty list each time the agent has opened it. When the agent
+        goes away, say so once and go on from the same line as soon as it is back.
 
         Raises:
             FleetwireError: the agent refuses; or, before it opened the log once, it is away."""
-        is_opened = False
+        agent_id, query = key
+        is_opened = is_waiting = False
         while True:
             try:
                 async with self._open(agent_id, query, start) as socket:
-                    is_opened = True
+                    is_opened, is_waiting = True, False
                     yield []
                     while True:
                         entries = entries_of(await socket.receive())
@@ -229,15 +286,16 @@ class Logs:
             except (UnavailableError, PeerTimeoutError) as err:
                 if not is_opened:
                     raise
-                yield [_event("waiting", {"reason": err.message})]
+                if not is_waiting:
+                    is_waiting = True
+                    yield [_event("waiting", {"reason": err.message})]
+                    if start == LogStart(lines=0):
+                        yield [_event("gap", {"count": "unknown", "reason": "the agent was away"})]
             await asyncio.sleep(REOPEN_SECONDS)
             await self._sessions.wait_for(agent_id)
-            if start.cursor is None and start.since is None:
-                # No line was seen yet. Where some of the old ones were asked for there were none, so all are new.
-                if start.lines == 0:
-                    yield [_event("gap", {"count": "unknown", "reason": "the agent was away"})]
-                else:
-                    start = LogStart(lines=ALL_LINES)
+            if start.cursor is None and start.since is None and start.lines:
+                # Some of the old lines were asked for and there were none, so all there are now are new.
+                start = LogStart(lines=ALL_LINES)
 
     def _open(self, agent_id: str, query: LogQuery, start: LogStart) -> AbstractAsyncContextManager[ChannelSocket]:
         return _opened(self._channels.open(self._sessions.require(agent_id), partial(_follow_log, query, start)))

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from aiohttp import WSMsgType, web
+from aiohttp import WebSocketError, WSMsgType, web
 
 from fleetwire_server.http.requests import AGENT
 from fleetwire_server.keys import CHANNELS
@@ -27,9 +27,9 @@ class ChannelWebSocket:
             return chunk
         if frame.type is WSMsgType.TEXT:
             return decode(frame.data, ON_CHANNEL)
-        if frame.type is WSMsgType.ERROR:
+        if frame.type is WSMsgType.ERROR and isinstance(frame.data, WebSocketError):
             raise ProtocolError("frame", str(frame.data))
-        raise UnavailableError("the agent closed the channel")
+        raise UnavailableError("the agent closed the channel")  # or went away, or the link broke
 
     async def send(self, message: ChannelMessage) -> None:
         await self._send(self._ws.send_str(encode(message)))
