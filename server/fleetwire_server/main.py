@@ -28,6 +28,9 @@ SHUTDOWN_SECONDS = 5.0
 
 LISTEN_BACKLOG = 1024
 
+MAX_REQUEST_LINE_BYTES = 64 * 1024
+"""Takes every path a host may have, percent-encoded; aiohttp refuses longer ones itself, and in plain text."""
+
 
 async def serve(config: ServerConfig) -> None:
     """Run the server until SIGTERM or SIGINT.
@@ -40,7 +43,11 @@ async def serve(config: ServerConfig) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     app = create_app(config)
     runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, keepalive_timeout=KEEP_ALIVE_SECONDS
+        app,
+        access_log=None,
+        shutdown_timeout=SHUTDOWN_SECONDS,
+        keepalive_timeout=KEEP_ALIVE_SECONDS,
+        max_line_size=MAX_REQUEST_LINE_BYTES,
     )
     config.spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     await runner.setup()

@@ -49,7 +49,8 @@ async def read_json(request: web.Request, kind: type[S], *, default: S | None = 
     if not body and default is not None:
         return default
     try:
-        return msgspec.json.decode(body, type=kind)
+        # As text: from bytes msgspec skips unknown fields without looking whether they are UTF-8.
+        return msgspec.json.decode(body.decode(), type=kind)
     except msgspec.ValidationError as err:
         raise InvalidError(explain(err, kind)) from err
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as err:
