@@ -1,5 +1,6 @@
 """The history of one agent's metrics, the server's own metrics, and its health."""
 
+import asyncio
 from functools import partial
 
 from aiohttp import web
@@ -35,7 +36,7 @@ async def show_history(request: web.Request) -> web.Response:
 
 async def show_telemetry(request: web.Request) -> web.Response:
     return web.Response(
-        body=request.app[TELEMETRY].exposition(),
+        body=await asyncio.to_thread(request.app[TELEMETRY].exposition),  # it reads /proc
         headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"},
     )
 
