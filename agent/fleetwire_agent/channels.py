@@ -17,7 +17,7 @@ from fleetwire_agent.journal import JournalFollower
 from fleetwire_agent.logs import POLL_SECONDS, FileFollower
 from fleetwire_agent.processes import Spawner
 from fleetwire_shared.codec import decode, encode
-from fleetwire_shared.errors import FleetwireError, ProtocolError, UnavailableError
+from fleetwire_shared.errors import FleetwireError, ProtocolError, RangeError, UnavailableError
 from fleetwire_shared.limits import CHUNK_BYTES
 from fleetwire_shared.messages import (
     ON_CHANNEL,
@@ -164,7 +164,11 @@ class Channels:
                 await self._in_thread(subject.close)
 
     async def _refuse(self, message: OpenChannel, err: FleetwireError) -> None:
-        await self._send(ChannelRefused(channel_id=message.channel_id, code=err.code, message=_printable(err.message)))
+        size_bytes = err.size_bytes if isinstance(err, RangeError) else None
+        text = _printable(err.message)
+        await self._send(
+            ChannelRefused(channel_id=message.channel_id, code=err.code, message=text, size_bytes=size_bytes)
+        )
 
     # ------------------------------------------------------------ files
 

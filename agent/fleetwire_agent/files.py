@@ -19,6 +19,7 @@ from fleetwire_shared.errors import (
     InvalidError,
     NotFoundError,
     PeerFailedError,
+    RangeError,
     TooLargeError,
     UnavailableError,
 )
@@ -178,16 +179,20 @@ class FileReader:
 
 
 def _choose_range(request: ReadFile, size_bytes: int | None, etag: str) -> tuple[int, int | None]:
-    if request.offset < 0 or (request.length is not None and request.length < 0):
-        raise InvalidError(f"offset and length must not be negative, got {request.offset} and {request.length}")
+    """Return offset and length of what is sent. What has no size is sent as a whole, and so is an empty file."""
+    if request.length is not None and request.length < 1:
+        raise InvalidError(f"length must be at least 1, got {request.length}")
     if size_bytes is None:
         return 0, None
-    if request.if_etag is not None and request.if_etag != etag:
+    if size_bytes == 0 or (request.if_etag is not None and request.if_etag != etag):
         return 0, size_bytes
-    if request.offset > size_bytes:
-        raise InvalidError(f"offset must be within the file, which has {size_bytes} bytes, got {request.offset}")
-    rest = size_bytes - request.offset
-    return request.offset, rest if request.length is None else min(request.length, rest)
+    offset = request.offset if request.offset >= 0 else max(0, size_bytes + request.offset)
+    if offset >= size_bytes:
+        raise RangeError(
+            f"the range must begin within the file, which has {size_bytes} bytes, got {offset}", size_bytes=size_bytes
+        )
+    rest = size_bytes - offset
+    return offset, rest if request.length is None else min(request.length, rest)
 
 
 def _etag(status: os.stat_result) -> str:

@@ -97,12 +97,15 @@ _BY_CODE: dict[str, type[FleetwireError]] = {
     kind.code: kind
     for kind in (
         InvalidError, UnauthorizedError, ForbiddenError, NotFoundError, ConflictError, TooLargeError,
-        RangeError,
         UnavailableError, PeerTimeoutError, PeerFailedError,
     )
 }  # fmt: skip
 
 
-def error_from_code(code: str, message: str) -> FleetwireError:
-    """Return the error a peer reported; a code this version does not know becomes `PeerFailedError`."""
+def error_from_code(code: str, message: str, *, size_bytes: int | None = None) -> FleetwireError:
+    """Return the error a peer reported; a code this version does not know becomes `PeerFailedError`.
+
+    `size_bytes` belongs to RangeError alone."""
+    if code == RangeError.code:
+        return RangeError(message, size_bytes=size_bytes)
     return _BY_CODE.get(code, PeerFailedError)(message)

@@ -229,6 +229,7 @@ class ChannelRefused:
     channel_id: str
     code: str
     message: str
+    size_bytes: int | None = None  # of the file, where the range wanted lies outside it
 
 
 # ---------------------------------------------------------------- control, server to agent
@@ -298,7 +299,7 @@ class ReadFile:
     type: ClassVar[str] = "read_file"
     channel_id: str
     path: str
-    offset: int = 0
+    offset: int = 0  # of the first byte wanted; negative: so many bytes before the end
     length: int | None = None  # None: to the end
     if_etag: str | None = None  # the range is wanted of this version only; of another, all is sent
 

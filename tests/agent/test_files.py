@@ -19,6 +19,7 @@ from fleetwire_shared.errors import (
     ForbiddenError,
     InvalidError,
     NotFoundError,
+    RangeError,
     TooLargeError,
     UnavailableError,
 )
@@ -102,15 +103,22 @@ def test_a_range_is_read(tmp_path: Path) -> None:
     assert (reader.opened.size_bytes, reader.opened.offset, reader.opened.length) == (10, 3, 4)
     assert read_all(reader) == b"3456"
     assert read_all(make_reader(tmp_path / "f", offset=8, length=100)) == b"89"
-    assert read_all(make_reader(tmp_path / "f", offset=10)) == b""
+    assert read_all(make_reader(tmp_path / "f", offset=-3)) == b"789"
+    assert read_all(make_reader(tmp_path / "f", offset=-30)) == b"0123456789"
 
 
 def test_a_range_outside_the_file_is_refused_with_its_size(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"0123456789")
-    with pytest.raises(InvalidError, match="which has 10 bytes, got 11"):
-        make_reader(tmp_path / "f", offset=11)
-    with pytest.raises(InvalidError, match="must not be negative"):
-        make_reader(tmp_path / "f", offset=-1)
+    with pytest.raises(RangeError, match="which has 10 bytes, got 10") as outside:
+        make_reader(tmp_path / "f", offset=10)
+    assert outside.value.size_bytes == 10
+    with pytest.raises(InvalidError, match="at least 1"):
+        make_reader(tmp_path / "f", length=0)
+
+
+def test_any_range_of_an_empty_file_is_the_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    assert read_all(make_reader(tmp_path / "f", offset=5)) == b""
 
 
 def test_a_range_of_another_version_gives_the_whole_file(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fleetwire_shared.errors import (
     UnavailableError,
     error_from_code,
 )
-from fleetwire_shared.messages import ChannelMessage, End, ServerMessage
+from fleetwire_shared.messages import ChannelMessage, ChannelRefused, End, ServerMessage
 
 DIAL_SECONDS = 15.0
 """How long an agent may take to open a file and dial."""
@@ -100,11 +100,12 @@ class Channels:
             raise NotFoundError("no channel of that id waits for this agent")
         return channel
 
-    def refuse(self, agent_id: str, channel_id: str, code: str, message: str) -> None:
+    def refuse(self, agent_id: str, refusal: ChannelRefused) -> None:
         """The agent will not dial."""
-        channel = self._channels.get(channel_id)
+        channel = self._channels.get(refusal.channel_id)
         if channel is not None and channel.agent_id == agent_id and not channel.socket.done():
-            channel.socket.set_exception(error_from_code(code, message))
+            error = error_from_code(refusal.code, refusal.message, size_bytes=refusal.size_bytes)
+            channel.socket.set_exception(error)
 
     def __len__(self) -> int:
         return len(self._channels)

@@ -228,7 +228,7 @@ class AgentConnection:
                 case MetricsReport():
                     self._app[INGEST].receive_metrics(self._agent_id, message)
                 case ChannelRefused():
-                    self._app[CHANNELS].refuse(self._agent_id, message.channel_id, message.code, message.message)
+                    self._app[CHANNELS].refuse(self._agent_id, message)
                 case Hello():
                     raise LinkEndedError(CLOSE_BAD_FRAME, "hello is the first frame only")
                 case _:

@@ -84,7 +84,7 @@ def parse_range(header: str | None) -> tuple[int, int | None]:
         return 0, None
     first, last = match[1], match[2]
     if not first:
-        return (-int(last), None) if last else (0, None)
+        return (-int(last), None) if last and int(last) else (0, None)
     if not last:
         return int(first), None
     if int(last) < int(first):

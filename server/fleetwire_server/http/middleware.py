@@ -16,6 +16,9 @@ from fleetwire_shared.errors import FleetwireError
 
 logger = logging.getLogger(__name__)
 
+CLIENT_CLOSED_REQUEST = 499
+"""nginx' number for it; no RFC has one, as there is nobody left to read it."""
+
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -60,8 +63,9 @@ async def errors_to_problems(request: web.Request, handler: _Handler) -> web.Str
         return problem_response(err, request[REQUEST_ID])
     except web.HTTPException as err:
         return http_problem_response(err, request[REQUEST_ID])
-    except (ConnectionError, TimeoutError):
-        raise  # of the client's own connection
+    except (ConnectionError, TimeoutError) as err:
+        logger.info("request %s: the client went away: %s", request[REQUEST_ID], err)
+        return web.Response(status=CLIENT_CLOSED_REQUEST)  # seen by nobody but the log and the metrics
     except Exception:
         logger.exception("request %s failed", request[REQUEST_ID])
         return internal_problem_response(request[REQUEST_ID])
