@@ -4,6 +4,7 @@ import logging
 import sys
 
 import structlog
+from aiohttp.http_exceptions import HttpProcessingError
 
 from fleetwire_server.config import ServerConfig
 
@@ -33,4 +34,17 @@ def configure_logging(config: ServerConfig) -> None:
     root.handlers[:] = [handler]
     root.setLevel(config.log_level.upper())
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("aiohttp.server").setLevel(logging.ERROR)
+    logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it logs every value of every query
+    aiohttp_logger = logging.getLogger("aiohttp.server")
+    aiohttp_logger.setLevel(logging.ERROR)
+    aiohttp_logger.addFilter(_leave_out_request)
+
+
+def _leave_out_request(record: logging.LogRecord) -> bool:
+    """aiohttp logs what is no HTTP with a traceback and its text, in which tokens and keys may be."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.exc_info = None
+        record.msg = f"{record.msg}: not valid HTTP ({type(error).__name__})"
+        record.levelno, record.levelname = logging.INFO, "INFO"
+    return True

@@ -20,6 +20,7 @@ from fleetwire_server.keys import ACCESS, CONFIG, DISPATCH, INGEST, LOGS, NOW, S
 from fleetwire_server.logs import configure_logging
 from fleetwire_server.model import Role, User
 from fleetwire_server.storage import users
+from fleetwire_server.storage.engines import prepare_directory
 from fleetwire_server.storage.store import Connection
 from fleetwire_shared.errors import FleetwireError, UnavailableError
 
@@ -49,7 +50,8 @@ async def serve(config: ServerConfig) -> None:
         keepalive_timeout=KEEP_ALIVE_SECONDS,
         max_line_size=MAX_REQUEST_LINE_BYTES,
     )
-    config.spool_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for directory in (config.data_dir, config.spool_dir):  # one by one: the mode is not that of parents
+        prepare_directory(directory)
     await runner.setup()
     try:
         async with asyncio.TaskGroup() as group:
