@@ -67,7 +67,7 @@ class Api:
         self.token = str(answer["token"])
         return self.token
 
-    async def get(self, path: str, *, status: int = 200, **params: str | int | float) -> Any:
+    async def get(self, path: str, /, *, status: int = 200, **params: str | int | float) -> Any:
         return await self.call("GET", path, status=status, params=params)
 
     async def post(self, path: str, body: object = None, *, status: int = 200, token: str | None = "") -> Any:
@@ -113,7 +113,7 @@ class Api:
 
     @asynccontextmanager
     async def sse(
-        self, path: str, *, last_event_id: str | None = None, status: int = 200, **params: str | int | float
+        self, path: str, /, *, last_event_id: str | None = None, status: int = 200, **params: str | int | float
     ) -> AsyncIterator[AsyncGenerator[Event, None]]:
         """Open an event stream; what is yielded gives its events until the server ends it.
 
