@@ -107,7 +107,7 @@ async def test_no_secret_is_left_behind(start_server: StartServer, start_agent: 
     assert found_in(command_lines(), secrets) == set()
     assert key.encode() not in Path(f"/proc/{agent.pid}/environ").read_bytes()
     for process in (server, agent):
-        assert len(process.log_text) > 200
+        assert agent.agent_id in process.log_text
         assert found_in(process.log.read_bytes(), secrets) == set()
         assert "$argon2" not in process.log_text
     agent.stop()
