@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 RING_BYTES = 4 * 1024 * 1024
@@ -11,6 +11,9 @@ READ_BYTES = 128 * 1024
 
 ENTRY_BYTES = 400
 """What an entry costs beside its frame: the objects, the cursor, its place in the index (measured)."""
+
+PATIENCE_SECONDS = 1.0
+"""How long, in all, the others are held up for a reader that falls behind, until it has caught up again."""
 
 _DROPS_BEFORE_COMPACTION = 4096
 
@@ -36,12 +39,21 @@ def last_cursor(entries: list[Entry]) -> str | None:
     return next((entry.cursor for entry in reversed(entries) if entry.cursor is not None), None)
 
 
+@dataclass(eq=False, slots=True)
+class Place:
+    """Where one reader is; `number` is None before its first read."""
+
+    number: int | None = None
+    patience_seconds: float = PATIENCE_SECONDS
+
+
 class LogRing:
     """The last events of a tail, numbered from 0 on.
 
-    The writer waits while it is more than half the ring ahead of the fastest reader, so that reader never misses one;
-    a slower reader may find that its place was overwritten, and must fetch from the host what it missed. Without any
-    reader the writer goes on, so that the ring is up to date for the next one."""
+    The writer waits while it is more than half the ring ahead of the fastest reader, so that reader never misses one.
+    For a slower one it waits PATIENCE_SECONDS: viewers of much the same speed stay together. One that is slower still
+    finds that its place was overwritten, and must fetch from the host what it missed. Without any reader the writer
+    goes on, so that the ring is up to date for the next one."""
 
     def __init__(self, *, ring_bytes: int = RING_BYTES) -> None:
         self._ring_bytes = ring_bytes
@@ -49,11 +61,12 @@ class LogRing:
         self._dropped = 0
         self._base = 0  # number of _entries[0]
         self._held_bytes = 0
-        self._readers = 0
+        self._places: set[Place] = set()
         self._fastest = 0  # the furthest place any reader has come to
         self._ahead_bytes = 0  # held from `_fastest` on
         self._numbers: dict[str, int] = {}  # cursor -> number, oldest first
         self._changed = asyncio.Event()
+        self._progress = asyncio.Event()  # a reader has read, or left
         self._failure: LogEndedError | None = None
 
     @property
@@ -86,23 +99,54 @@ class LogRing:
         return list(self._numbers.values())[-lines]
 
     @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Count as a reader, which the writer waits for, while the block runs."""
-        self._readers += 1
+    def reading(self) -> Iterator[Place]:
+        """Count as a reader, which the writer waits for, while the block runs; yield its place, for `read`."""
+        place = Place()
+        self._places.add(place)
         try:
-            yield
+            yield place
         finally:
-            self._readers -= 1
-            self._wake()
+            self._places.discard(place)
+            self._progress.set()
 
     async def write(self, entries: list[Entry]) -> None:
-        while self._readers and self._ahead_bytes > self._ring_bytes // 2:
-            await self._changed.wait()
+        while self._places and self._ahead_bytes > self._ring_bytes // 2:
+            self._progress.clear()
+            await self._progress.wait()
+        await self._wait_for_slow_readers(sum(entry.cost_bytes for entry in entries))
         for entry in entries:
             self._append(entry)
         while self._held_bytes > self._ring_bytes and self.end - self.first > 1:
             self._drop_oldest()
         self._wake()
+
+    async def _wait_for_slow_readers(self, incoming_bytes: int) -> None:
+        """Wait for readers that would lose their place to so many bytes, while there is patience with any of them."""
+        loop = asyncio.get_running_loop()
+        while slow := self._readers_before(self._first_after_drop(incoming_bytes)):
+            began = loop.time()
+            self._progress.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(place.patience_seconds for place in slow)):
+                    await self._progress.wait()
+            for place in slow:
+                place.patience_seconds -= loop.time() - began
+
+    def _first_after_drop(self, incoming_bytes: int) -> int:
+        """Return what `first` would be once the ring has taken so many more bytes."""
+        excess_bytes = self._held_bytes + incoming_bytes - self._ring_bytes
+        first = self.first
+        while excess_bytes > 0 and first < self.end:
+            excess_bytes -= self._entries[first - self._base].cost_bytes
+            first += 1
+        return first
+
+    def _readers_before(self, number: int) -> list[Place]:
+        return [
+            place
+            for place in self._places
+            if place.number is not None and self.first <= place.number < number and place.patience_seconds > 0
+        ]
 
     def _append(self, entry: Entry) -> None:
         if entry.cursor is not None:
@@ -137,8 +181,10 @@ class LogRing:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
-    async def read(self, number: int) -> list[Entry] | None:
+    async def read(self, number: int, place: Place | None = None) -> list[Entry] | None:
         """Wait for entries from `number` on; return up to READ_BYTES of them, None when `number` was overwritten.
+
+        The reader is at `place` then, where it has one.
 
         Raises:
             LogEndedError: the tail ended, and all that it wrote has been read."""
@@ -154,15 +200,20 @@ class LogRing:
             taken_bytes += len(taken[-1].frame)
             if taken_bytes >= READ_BYTES:
                 break
-        self._note_place(number + len(taken))
+        self._note_place(number + len(taken), place)
         return taken
 
-    def _note_place(self, number: int) -> None:
+    def _note_place(self, number: int, place: Place | None) -> None:
+        if place is not None:
+            place.number = number
+            if number == self.end:
+                place.patience_seconds = PATIENCE_SECONDS
+            self._progress.set()
         if number > self._fastest:
             passed = self._entries[self._fastest - self._base : number - self._base]
             self._ahead_bytes -= sum(entry.cost_bytes for entry in passed)
             self._fastest = number
-            self._wake()
+            self._progress.set()
 
     async def wait_for_cursor(self, cursor: str, timeout_seconds: float) -> int | None:
         """Return the number of that line, waiting a while for the tail to reach it; None when it does not."""

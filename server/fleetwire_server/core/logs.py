@@ -5,6 +5,8 @@ the reader on the host. A viewer that falls out of the ring, or asks for lines f
 channel of its own until it meets the ring again. So a slow viewer delays nobody, and nobody loses a line."""
 
 import asyncio
+import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ from fleetwire_server.core.channels import Channels, ChannelSocket, receive_mess
 from fleetwire_server.core.events import frame_json, frame_text
 from fleetwire_server.core.log_ring import Entry, LogEndedError, LogRing, last_cursor
 from fleetwire_server.core.sessions import Sessions
-from fleetwire_shared.errors import FleetwireError, PeerTimeoutError, UnavailableError, error_from_code
+from fleetwire_shared.errors import FleetwireError, PeerFailedError, PeerTimeoutError, UnavailableError, error_from_code
 from fleetwire_shared.messages import ChannelMessage, End, FollowLog, LogGap, LogLines, LogOpened, LogRotated
+
+logger = logging.getLogger(__name__)
 
 LINGER_SECONDS = 30.0
 """How long a tail goes on after its last viewer left: a browser that reconnects finds it as it was."""
@@ -52,7 +56,10 @@ class LogStart:
     cursor: str | None = None
 
 
+_CURSOR = re.compile(r"[!-~]+", re.ASCII)
+
 _TailKey: TypeAlias = tuple[str, LogQuery]
+_Batches: TypeAlias = AsyncGenerator[list[Entry], None]
 
 
 def entries_of(message: ChannelMessage | bytes) -> list[Entry]:
@@ -62,8 +69,7 @@ def entries_of(message: ChannelMessage | bytes) -> list[Entry]:
         FleetwireError: the agent ended the channel, for the reason it gives."""
     match message:
         case LogLines():
-            lines = zip(message.cursors, message.texts, strict=True)
-            return [Entry(frame_text(text, event_id=cursor), cursor) for cursor, text in lines]
+            return _line_entries(message)
         case LogGap():
             count = "unknown" if message.count is None else message.count
             return [Entry(frame_json({"count": count, "reason": message.reason}, event="gap"), None)]
@@ -74,6 +80,15 @@ def entries_of(message: ChannelMessage | bytes) -> list[Entry]:
                 message.code or "unavailable", message.message or "the agent stopped following the log"
             )
     return []
+
+
+def _line_entries(message: LogLines) -> list[Entry]:
+    if len(message.cursors) != len(message.texts):
+        raise PeerFailedError(f"the agent sent {len(message.cursors)} cursors for {len(message.texts)} lines")
+    if not all(map(_CURSOR.fullmatch, message.cursors)):  # one with a newline could write events of its own
+        raise PeerFailedError("the agent sent a cursor that cannot be the id of an event")
+    lines = zip(message.cursors, message.texts, strict=True)
+    return [Entry(frame_text(text, event_id=cursor), cursor) for cursor, text in lines]
 
 
 class LogTail:
@@ -124,7 +139,22 @@ class LogViewer:
     ring: LogRing
     start: LogStart
     number: int | None  # its place in the ring, None while it reads the host by itself
-    read_host: Callable[[LogStart], AsyncGenerator[list[Entry], None]]
+    read_host: Callable[[LogStart], _Batches]
+    opened: _Batches | None = None  # the host's own channel for this viewer, when it was opened at once
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["LogViewer"]:
+        """Open the host for a viewer that begins outside of the ring: what comes from now on will not be missed.
+
+        Raises:
+            FleetwireError: the agent is away or refuses."""
+        if self.number is not None:
+            yield self
+            return
+        async with aclosing(self.read_host(self.start)) as batches:
+            await anext(batches)
+            self.opened = batches
+            yield self
 
     async def follow(self) -> AsyncGenerator[bytes, None]:
         """Yield framed events until cancelled.
@@ -138,19 +168,20 @@ class LogViewer:
                     self.start = _after(entries, self.start)
                     yield b"".join(entry.frame for entry in entries)
 
-    async def _read_ring(self, number: int) -> AsyncGenerator[list[Entry], None]:
+    async def _read_ring(self, number: int) -> _Batches:
         """Yield what the tail brings, until this viewer is so slow that its place was overwritten."""
-        with self.ring.reading():
-            while (entries := await self.ring.read(number)) is not None:
+        with self.ring.reading() as place:
+            while (entries := await self.ring.read(number, place)) is not None:
                 number += len(entries)
                 yield entries
         self.number = None
 
-    async def _catch_up(self) -> AsyncGenerator[list[Entry], None]:
+    async def _catch_up(self) -> _Batches:
         """Yield entries from the host until they meet the ring, where `number` then is."""
         before: str | None = None
+        opened, self.opened = self.opened, None
         try:
-            async with aclosing(self.read_host(self.start)) as batches:
+            async with aclosing(opened or self.read_host(self.start)) as batches:
                 async for entries in batches:
                     if not entries:
                         continue
@@ -207,7 +238,8 @@ class Logs:
         key = agent_id, query
         tail, number = await self._enter(key, start)
         try:
-            yield LogViewer(tail.ring, start, number, partial(self._read_host, key))
+            async with LogViewer(tail.ring, start, number, partial(self._read_host, key)).open() as viewer:
+                yield viewer
         finally:
             self._leave(key, tail)
 
@@ -258,6 +290,8 @@ class Logs:
                     tail.idle_since = loop.time()
         except FleetwireError as err:
             failure = err
+        except Exception:  # the border of one tail: whatever it is, the others go on
+            logger.exception("the tail of %s on agent %s failed", key[1], key[0])
         finally:
             if self._tails.get(key) is tail:
                 del self._tails[key]
@@ -266,7 +300,7 @@ class Logs:
                 tail.opened.exception()  # looked at here, as every viewer may have left
             tail.ring.fail(failure.message)
 
-    async def _read_host(self, key: _TailKey, start: LogStart) -> AsyncGenerator[list[Entry], None]:
+    async def _read_host(self, key: _TailKey, start: LogStart) -> _Batches:
         """Yield what the log holds from `start` on, an empty list each time the agent has opened it. When the agent
         goes away, say so once and go on from the same line as soon as it is back.
 
