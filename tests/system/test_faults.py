@@ -214,6 +214,7 @@ async def test_a_command_of_a_killed_agent_is_lost_and_the_next_one_works(
     agent.start()
     lost = await api.wait_for_command(agent.agent_id, command_id)
     assert (lost["status"], lost["exit_code"], lost["output"]) == ("lost", None, "begin\n")
+    assert lost["stdout_bytes"] == len("begin\n")
     assert "restarted" in lost["error"]
     assert (await api.wait_for_command(agent.agent_id, waiting))["output"] == "waited\n"
     assert (await api.run(agent.agent_id, "echo works"))["output"] == "works\n"

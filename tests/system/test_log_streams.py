@@ -8,6 +8,7 @@ import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlencode
 
 import pytest
@@ -41,7 +42,7 @@ def append(path: Path, texts: Iterable[str]) -> None:
 async def follow(
     api: Api, agent_path: str, path: Path, *, last_event_id: str | None = None, **params: str | int
 ) -> AsyncIterator[Events]:
-    query = {"source": "file", "path": str(path), **params}
+    query: dict[str, Any] = {"source": "file", "path": str(path), **params}
     async with api.sse(f"{agent_path}/stream/logs", last_event_id=last_event_id, **query) as events:
         yield events
 
@@ -74,12 +75,6 @@ def open_count(agent: AgentProcess, path: Path) -> int:
         except FileNotFoundError:  # closed meanwhile
             continue
     return count
-
-
-def gauge(metrics: str, name: str) -> float:
-    match = re.search(rf"^{name} (\S+)$", metrics, re.MULTILINE)
-    assert match is not None
-    return float(match[1])
 
 
 @pytest.fixture
@@ -179,22 +174,23 @@ async def test_a_viewer_that_stops_reading_is_closed_and_the_others_notice_nothi
         idle_bytes = server.peak_rss_bytes()
         for _ in range(5):
             stack.enter_context(stuck_viewer(server, api, path, log))
-        await eventually(api_gauge(api, "fleetwire_streams_open"), lambda count: count == 6)
+        await eventually(lambda: read_gauge(api, "fleetwire_streams_open"), lambda count: count == 6)
         for start in range(50_000, 400_000, 50_000):
             append(log, lines(start, start + 50_000))
             assert texts(await collect(events, line(start + 49_999))) == lines(start, start + 50_000)
         assert server.peak_rss_bytes() - idle_bytes < 16 * MIB
-        await eventually(api_gauge(api, "fleetwire_streams_open"), lambda count: count == 1, timeout_seconds=90)
+        await eventually(
+            lambda: read_gauge(api, "fleetwire_streams_open"), lambda count: count == 1, timeout_seconds=90
+        )
         append(log, [line(400_000)])
         assert texts(await collect(events, line(400_000))) == [line(400_000)]
     assert "Traceback" not in server.log_text
 
 
-def api_gauge(api: Api, name: str) -> Callable[[], "asyncio.Future[float]"]:
-    async def read() -> float:
-        return gauge(await api.get("/metrics"), name)
-
-    return lambda: asyncio.ensure_future(read())
+async def read_gauge(api: Api, name: str) -> float:
+    match = re.search(rf"^{name} (\S+)$", await api.get("/metrics"), re.MULTILINE)
+    assert match is not None
+    return float(match[1])
 
 
 def stuck_viewer(server: ServerProcess, api: Api, agent_path: str, log: Path) -> socket.socket:
@@ -202,10 +198,8 @@ def stuck_viewer(server: ServerProcess, api: Api, agent_path: str, log: Path) ->
     own = socket.socket()
     own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
     own.connect(("127.0.0.1", server.port))
-    query = urlencode({"source": "file", "path": log, "lines": 10_000})
-    own.sendall(
-        f"GET {agent_path}/stream/logs?{query} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\n\r\n".encode()
-    )
+    target = f"{agent_path}/stream/logs?{urlencode({'source': 'file', 'path': log, 'lines': 10_000})}"
+    own.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\n\r\n".encode())
     return own
 
 
@@ -269,6 +263,21 @@ async def test_what_cannot_be_followed_is_a_status(fleet: Fleet, api: Api, tmp_p
         assert "cursor" in answer["detail"]
 
 
+async def test_a_log_that_the_agent_may_not_read_is_403(
+    fleet: Fleet, api: Api, start_agent: StartAgent, log: Path
+) -> None:
+    agent = await start_agent(api)
+    if os.geteuid() == 0:  # root reads everything, unless it is without these two capabilities
+        agent.stop()
+        agent.arguments[:0] = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"]
+        agent.start()
+        await api.wait_for_agent(agent.agent_id)
+    log.chmod(0)
+    stream = f"/api/agents/{agent.agent_id}/stream/logs"
+    assert (await api.get(stream, source="file", path=str(log), status=403))["code"] == "forbidden"
+    await api.delete(f"/api/agents/{agent.agent_id}")
+
+
 async def test_an_agent_that_is_away_or_has_no_journal_is_503(
     fleet: Fleet, api: Api, start_agent: StartAgent, tmp_path: Path
 ) -> None:
@@ -295,7 +304,7 @@ async def test_the_journal_is_followed_with_its_filters(
     agent = await start_agent(api, environment={"FLEETWIRE_AGENT_JOURNAL_DIRECTORY": str(journal.parent)})
     stream = f"/api/agents/{agent.agent_id}/stream/logs"
 
-    async def numbers(last: int, *, last_event_id: str | None = None, **params: str | int) -> list[int]:
+    async def numbers(last: int, *, last_event_id: str | None = None, **params: Any) -> list[int]:
         async with api.sse(stream, last_event_id=last_event_id, source="journald", **params) as events:
             return await journal_numbers(events, last)
 
@@ -410,6 +419,26 @@ async def test_viewers_stay_while_the_link_breaks(fleet: Fleet, api: Api, start_
             link.bytes_per_second = None
             seen += await collect(events, line(19_999))
         assert texts(seen) == lines(0, 20_000)
+        assert names(seen) == ["waiting"]
+        await api.delete(f"/api/agents/{agent.agent_id}")
+
+
+async def test_viewers_stay_while_the_link_is_silent_for_so_long_that_it_is_given_up(
+    fleet: Fleet, api: Api, start_agent: StartAgent, log: Path
+) -> None:
+    """Takes as long as both sides bear with silence, 60 s, and the agent's next attempt."""
+    async with asyncio.timeout(200), CuttableLink(fleet.server.url) as link:
+        agent = await start_agent(api, server_url=link.url)
+        async with follow(api, f"/api/agents/{agent.agent_id}", log, lines=0) as events:
+            append(log, lines(0, 1000))
+            seen = await collect(events, line(999))
+            link.cut()
+            append(log, lines(1000, 50_000))
+            seen.append(await anext(events))
+            assert seen[-1].event == "waiting"
+            link.heal()
+            seen += await collect(events, line(49_999))
+        assert texts(seen) == lines(0, 50_000)
         assert names(seen) == ["waiting"]
         await api.delete(f"/api/agents/{agent.agent_id}")
 

@@ -20,7 +20,9 @@ OPEN_STATUSES = (CommandStatus.QUEUED, CommandStatus.OFFERED, CommandStatus.ACCE
 _AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
 _ADD = insert(COMMANDS)
 _GET = select(COMMANDS).where(COMMANDS.c.id == bindparam("id"), COMMANDS.c.agent_id == bindparam("agent_id"))
-_GET_OUTPUT_END = select(COMMANDS.c.output_end, COMMANDS.c.truncated).where(COMMANDS.c.id == bindparam("id"))
+_GET_OUTPUT_END = select(
+    COMMANDS.c.output_end, COMMANDS.c.truncated, COMMANDS.c.stdout_bytes, COMMANDS.c.stderr_bytes
+).where(COMMANDS.c.id == bindparam("id"))
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
@@ -161,6 +163,9 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
             "of_id": command_id,
             "output_end": fresh[-1].end,
             "truncated": bool(row.truncated or has_gap or deleted),
+            # Until the agent reports the end, with its exact totals, these are what is known.
+            "stdout_bytes": max(row.stdout_bytes, _end_of("stdout", fresh)),
+            "stderr_bytes": max(row.stderr_bytes, _end_of("stderr", fresh)),
         },
     )
     return fresh[-1].end
@@ -265,6 +270,11 @@ def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:
     )
 
 
+def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) -> int:
+    """Return the offset after the last of that stream's pieces, 0 when there are none."""
+    return max((piece.offset + len(piece.data) for piece in pieces if piece.stream == stream), default=0)
+
+
 def _delete_middle(
     connection: Connection,
     command_id: str,
@@ -275,8 +285,7 @@ def _delete_middle(
     """Remove pieces that the stream's head and tail no longer cover; return how many.
 
     The index on (command, stream, offset) leads to exactly these: what was before them is gone already."""
-    stream_end = max((piece.offset + len(piece.data) for piece in fresh if piece.stream == stream), default=0)
-    tail_offset = stream_end - half_bytes
+    tail_offset = _end_of(stream, fresh) - half_bytes
     if tail_offset <= half_bytes:
         return 0
     offset = COMMAND_OUTPUT.c.offset
