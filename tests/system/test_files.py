@@ -279,6 +279,35 @@ async def test_wrong_destinations_and_bodies_are_refused(fleet: Fleet, api: Api,
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("size", [10, 100_000])
+@pytest.mark.parametrize(
+    "rest",
+    [
+        b"",
+        b"\r\n--B",
+        b"\r\n--B\r\n",
+        b'\r\n--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\nsecond\r\n--B--\r\n',
+        b'\r\n--B\r\nContent-Disposition: form-data; name="dest"\r\n\r\n/tmp/other\r\n--B--\r\n',
+    ],
+)
+async def test_a_form_that_is_refused_after_its_file_leaves_nothing(
+    fleet: Fleet, api: Api, tmp_path: Path, size: int, rest: bytes
+) -> None:
+    dest = tmp_path / "dest"
+    dest.write_text("untouched")
+    parts = (
+        b'--B\r\nContent-Disposition: form-data; name="dest"\r\n\r\n%s\r\n' % os.fsencode(dest),
+        b'--B\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n',
+        b"x" * size,
+        rest,
+    )
+    headers = api.headers | {"Content-Type": "multipart/form-data; boundary=B"}
+    async with api.session.post(f"{fleet.agent_path}/files", data=b"".join(parts), headers=headers) as response:
+        assert response.status == 400, await response.text()
+    assert dest.read_text() == "untouched"
+    await eventually(lambda: asyncio.sleep(0, os.listdir(tmp_path) == ["dest"]))
+
+
 async def test_an_upload_that_is_given_up_leaves_nothing(fleet: Fleet, api: Api, tmp_path: Path) -> None:
     dest = tmp_path / "dest"
     dest.write_text("untouched")

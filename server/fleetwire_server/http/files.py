@@ -166,13 +166,14 @@ async def upload_file(request: web.Request) -> web.Response:
                 await _take_part(request, agent.id, part, form, stack)
         except (ValueError, AssertionError) as err:
             raise InvalidError(f"the body is not well-formed multipart/form-data: {err}") from err
-        if form.written is not None:
-            return answer(form.written)
         if form.dest is None:
             raise InvalidError("dest: is missing; it is the destination path on the agent")
-        if form.spool is None:
-            raise InvalidError("file: is missing; it is the file to upload")
-        return answer(await _send_file(request, agent.id, form.dest, _spooled_chunks(form.spool)))
+        if form.sent is None:
+            if form.spool is None:
+                raise InvalidError("file: is missing; it is the file to upload")
+            form.sent = await _open_sending(request, agent.id, form.dest, stack)
+            await form.sent.send(_spooled_chunks(form.spool))
+        return answer(await form.sent.finish())  # only now: what is wrong with the form must leave nothing on the host
 
 
 class _Form:
@@ -181,11 +182,11 @@ class _Form:
     def __init__(self) -> None:
         self.dest: str | None = None
         self.spool: IO[bytes] | None = None
-        self.written: UploadAnswer | None = None
+        self.sent: _Sending | None = None
 
     @property
     def has_file(self) -> bool:
-        return self.spool is not None or self.written is not None
+        return self.spool is not None or self.sent is not None
 
 
 async def _take_part(
@@ -202,7 +203,8 @@ async def _take_part(
         if form.has_file:
             raise InvalidError("file: is given more than once; upload one file a request")
         if form.dest is not None:
-            form.written = await _send_file(request, agent_id, form.dest, _part_chunks(part))
+            form.sent = await _open_sending(request, agent_id, form.dest, stack)
+            await form.sent.send(_part_chunks(part))
         else:
             form.spool = stack.enter_context(
                 tempfile.SpooledTemporaryFile(max_size=SPOOL_MEMORY_BYTES, dir=str(request.app[CONFIG].spool_dir))  # noqa: SIM115 - the stack closes it
@@ -252,20 +254,36 @@ async def _spooled_chunks(spool: IO[bytes]) -> AsyncIterator[bytes]:
         yield chunk
 
 
-async def _send_file(request: web.Request, agent_id: str, dest: str, chunks: AsyncIterator[bytes]) -> UploadAnswer:
-    session = request.app[SESSIONS].require(agent_id)
-    async with request.app[CHANNELS].open(
-        session, lambda channel_id: WriteFile(channel_id=channel_id, path=dest)
-    ) as socket:
-        await receive_message(socket, FileReady, timeout_seconds=STALL_SECONDS)
-        digest, total = hashlib.sha256(), 0
+class _Sending:
+    """A file on its way to a host, where nothing of it is seen before `finish`."""
+
+    def __init__(self, socket: ChannelSocket) -> None:
+        self._socket = socket
+        self._digest = hashlib.sha256()
+        self._sent_bytes = 0
+
+    async def send(self, chunks: AsyncIterator[bytes]) -> None:
         async for chunk in chunks:
-            digest.update(chunk)
-            total += len(chunk)
-            await _send_chunk(socket, chunk)
-        await socket.send(End(bytes=total, sha256=digest.hexdigest()))
-        written = await receive_message(socket, FileWritten, timeout_seconds=SYNC_SECONDS)
+            self._digest.update(chunk)
+            self._sent_bytes += len(chunk)
+            await _send_chunk(self._socket, chunk)
+
+    async def finish(self) -> UploadAnswer:
+        await self._socket.send(End(bytes=self._sent_bytes, sha256=self._digest.hexdigest()))
+        written = await receive_message(self._socket, FileWritten, timeout_seconds=SYNC_SECONDS)
         return UploadAnswer(path=written.path, bytes=written.bytes, sha256=written.sha256)
+
+
+async def _open_sending(request: web.Request, agent_id: str, dest: str, stack: AsyncExitStack) -> _Sending:
+    """Open `dest` on the host. It is given up when the stack closes, unless it was finished.
+
+    Raises:
+        FleetwireError: the agent refuses or is away."""
+    session = request.app[SESSIONS].require(agent_id)
+    channel = request.app[CHANNELS].open(session, lambda channel_id: WriteFile(channel_id=channel_id, path=dest))
+    socket = await stack.enter_async_context(channel)
+    await receive_message(socket, FileReady, timeout_seconds=STALL_SECONDS)
+    return _Sending(socket)
 
 
 async def _send_chunk(socket: ChannelSocket, chunk: bytes) -> None:
