@@ -334,7 +334,8 @@ def _descendants(rows: Iterable[ProcessRow], ancestor_pid: int) -> list[ProcessR
 
 
 def _signal_all(rows: Iterable[ProcessRow], signal_number: signal.Signals) -> None:
-    for row in rows:
+    # Parents first: a shell whose child is signalled before it would go on to its next command.
+    for row in sorted(rows, key=lambda row: (row.start_ticks, row.pid)):
         with suppress(ProcessLookupError, PermissionError):
             _signal(row, signal_number)
 

@@ -22,7 +22,7 @@ from fleetwire_server.core.telemetry import Telemetry
 from fleetwire_server.core.throttle import LoginThrottle
 from fleetwire_server.core.tokens import new_channel_id
 from fleetwire_server.http.connections import CONNECTIONS, ConnectionGuard
-from fleetwire_server.http.middleware import errors_to_problems, identify, secure_headers
+from fleetwire_server.http.middleware import errors_to_problems, identify, note_answer, secure_headers
 from fleetwire_server.http.routes import add_routes
 from fleetwire_server.keys import (
     ACCESS,
@@ -59,10 +59,11 @@ def create_app(config: ServerConfig, *, now: Clock = time.time) -> web.Applicati
     app[STREAMS] = OpenStreams()
     app[CHANNELS] = Channels(new_channel_id=new_channel_id, max_per_agent=config.max_channels_per_agent)
     app[LOGS] = Logs(sessions=app[SESSIONS], channels=app[CHANNELS])
-    app[LOGIN_THROTTLE] = LoginThrottle(failures_per_minute=config.login_failures_per_minute, now=now)
+    app[LOGIN_THROTTLE] = LoginThrottle(failures_per_minute=config.login_failures_per_minute)
     app[TELEMETRY] = Telemetry(partial(_read_gauges, app))
     app.cleanup_ctx.append(_open_storage)  # opened first, closed last
     app.on_shutdown.append(_wake_streams_and_close_sockets)  # else stopping waits for each of them
+    app.on_response_prepare.append(note_answer)
     add_routes(app)
     return app
 

@@ -396,3 +396,61 @@ async def _broken_upload(api: Api, agent_path: str, dest: Path) -> int:
         return (await upload(api, agent_path, dest, endless()))[0]
     except (aiohttp.ClientError, TimeoutError):
         return 0
+
+
+async def test_transfers_over_a_link_that_fell_silent_are_given_up(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path
+) -> None:
+    """Takes as long as a transfer may stand still, 60 s: no reset tells either side that the other is gone."""
+    api = await open_api(start_server())
+    async with CuttableLink(api.url) as link, asyncio.timeout(150):
+        agent = await start_agent(api, server_url=link.url)
+        agent_path = f"/api/agents/{agent.agent_id}"
+        path = sparse_file(tmp_path / "big", GIB)
+        (tmp_path / "up").mkdir()
+        dest = tmp_path / "up" / "dest"
+        dest.write_text("untouched")
+        async with Api(api.url, token=api.token, timeout_seconds=120) as patient:  # noqa: SIM117
+            async with patient.open("GET", f"{agent_path}/files", params={"path": str(path)}) as response:
+                await response.content.readexactly(MIB)
+                async with asyncio.TaskGroup() as group:
+                    sending = group.create_task(_broken_upload(patient, agent_path, dest))
+                    await asyncio.sleep(0.3)
+                    link.cut()
+                    with pytest.raises(aiohttp.ClientError):
+                        await response.read()
+                assert sending.result() != 200
+        link.heal()
+        await api.wait_for_agent(agent.agent_id, timeout_seconds=60)
+        await eventually(lambda: asyncio.sleep(0, os.listdir(tmp_path / "up") == ["dest"]), timeout_seconds=30)
+        assert dest.read_text() == "untouched"
+        assert (await upload(api, agent_path, dest, b"now"))[0] == 200
+
+
+async def test_header_bytes_that_are_no_text_are_refused_and_the_link_stays(fleet: Fleet, api: Api) -> None:
+    paths = {
+        "If-Range": f"{fleet.agent_path}/files?path=/etc/hostname",
+        "Last-Event-ID": f"{fleet.agent_path}/stream/logs?source=file&path=/etc/hostname",
+    }
+    for name, path in paths.items():
+        reader, writer = await asyncio.open_connection("127.0.0.1", fleet.server.port)
+        head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\n{name}: ".encode()
+        writer.write(head + b"\xff\r\n\r\n")
+        async with asyncio.timeout(10):
+            assert b" 400 " in await reader.readline(), name
+        writer.close()
+        await writer.wait_closed()
+    assert (await api.get(fleet.agent_path))["status"] == "online"
+
+
+async def test_deleting_an_agent_ends_its_transfers(
+    fleet: Fleet, api: Api, start_agent: StartAgent, tmp_path: Path
+) -> None:
+    agent = await start_agent(api, "deleted")
+    agent_path = f"/api/agents/{agent.agent_id}"
+    path = sparse_file(tmp_path / "big", GIB)
+    async with asyncio.timeout(30), api.open("GET", f"{agent_path}/files", params={"path": str(path)}) as response:
+        await response.content.readexactly(MIB)
+        assert await api.delete(agent_path) == {"status": "deleted"}
+        with pytest.raises(ClientPayloadError):
+            await response.read()

@@ -162,7 +162,12 @@ class Dispatch:
             if isinstance(report, CommandFinished | CommandRejected):
                 session.command_ids.discard(report.command_id)
                 session.link.send(CommandStored(command_id=report.command_id))
-        if session.has_queued:
+        may_offer = session.has_queued
+        # What the agent refused as full waits for its next end or connect: offered now, it would be refused again.
+        session.has_queued |= any(
+            isinstance(change, Command) and change.status is CommandStatus.QUEUED for change in changed
+        )
+        if may_offer:
             await self.offer_waiting(session)
 
     def _announce_report(self, session: AgentSession, report: CommandReport, change: Command | int | None) -> None:
@@ -361,6 +366,8 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
         return _move(connection, stored, CommandStatus.ACCEPTED, {"late": late})
     if isinstance(report, CommandStarted):
         return _move(connection, stored, CommandStatus.RUNNING, {"late": late, "started_at": now})
+    if isinstance(report, CommandRejected) and report.reason == "full" and stored.cancel_requested_at is None:
+        return _requeue(connection, command_id=stored.id)
     if isinstance(report, CommandRejected):
         status = _REJECTED_AS.get(report.reason, CommandStatus.REJECTED)
         return _move(connection, stored, status, {"late": late, "finished_at": now, "error": report.message})

@@ -12,6 +12,9 @@ from fleetwire_shared.messages import MetricsReport
 MEMORY_SECONDS = 3600
 _MAX_SAMPLES = int(MEMORY_SECONDS / METRICS_SECONDS)
 
+MAX_KEPT_VALUE = 1e18
+"""Beyond what any host has. An agent may claim more, and sums of that would not be numbers any more."""
+
 Sample = tuple[float, tuple[float | None, ...]]
 """When it was received (Unix seconds, server's clock), and the values in the order of METRIC_NAMES."""
 
@@ -100,9 +103,11 @@ class Metrics:
 
 
 def kept_values(report: MetricsReport) -> tuple[float | None, ...]:
-    """Return the values kept as history, in the order of METRIC_NAMES; totals leave the loopback interface out."""
+    """Return the values kept as history, in the order of METRIC_NAMES; totals leave the loopback interface out.
+
+    What no host can have is left out too: the agent's word is not trusted with the database."""
     networks = [network for network in report.networks if network.interface != "lo"]
-    return (
+    values = (
         report.cpu_percent,
         report.mem_percent,
         report.disk_percent,
@@ -113,6 +118,7 @@ def kept_values(report: MetricsReport) -> tuple[float | None, ...]:
         _total(disk.read_bytes_per_second for disk in report.disks),
         _total(disk.written_bytes_per_second for disk in report.disks),
     )
+    return tuple(value if value is not None and 0 <= value <= MAX_KEPT_VALUE else None for value in values)
 
 
 def _total(values: Iterable[float]) -> float | None:

@@ -100,17 +100,25 @@ class AgentConnection:
         """Speak with the agent until either side ends it."""
         try:
             session = await self._begin()
+        except FleetwireError as err:
+            logger.warning("agent %s was not let in: %s", self._agent_id, err.message)
+            await self._close_socket(LinkEndedError(CLOSE_OVERLOADED, "retry_after=5"))
+            return
         except LinkEndedError as err:
             logger.warning("agent %s was not let in: %s", self._agent_id, err.reason)
             await self._close_socket(err)
             return
         ended = LinkEndedError(None, "the handler ended")
         try:
+            await self._enter(session)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._read())
                 group.create_task(self._process(session))
                 group.create_task(self._write())
                 group.create_task(self._await_end())
+        except* FleetwireError as faults:  # not stored: the agent will say it again
+            logger.error("agent %s: %s", self._agent_id, faults.exceptions[0])
+            ended = LinkEndedError(CLOSE_OVERLOADED, "retry_after=5")
         except* LinkEndedError as errors:
             ended = next(err for err in errors.exceptions if isinstance(err, LinkEndedError))
         finally:
@@ -152,13 +160,18 @@ class AgentConnection:
         )
         for command_id in settled.to_cancel:
             self.send(CommandCancel(command_id=command_id))
+        return session
+
+    async def _enter(self, session: AgentSession) -> None:
+        """Make this the agent's present connection, and give it what waits for it."""
         replaced = self._app[SESSIONS].add(session)
         if replaced is not None:
             replaced.link.close(CLOSE_REPLACED, "the agent connected again")
-        logger.info("agent %s connected from %s, version %s", self._agent_id, self._ip, hello.agent_version)
+            # Its channels go the way of the link that failed: one that was cut off would stay silent for ever.
+            await self._app[CHANNELS].close_agent(self._agent_id)
+        logger.info("agent %s connected from %s, version %s", self._agent_id, self._ip, session.agent_version)
         self._app[INGEST].announce_agent(self._agent_id, "online")
         await self._app[DISPATCH].offer_waiting(session)
-        return session
 
     def _record_arrival(self, session: AgentSession, connection: Connection) -> None:
         agents.retire_other_keys(connection, self._agent_id, self._key_hash)

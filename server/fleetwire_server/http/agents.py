@@ -1,5 +1,6 @@
 """Agents: list, detail, enrolment, labels, keys, deletion; and the report an agent may send over plain HTTP."""
 
+import asyncio
 from functools import partial
 
 from aiohttp import web
@@ -20,7 +21,7 @@ from fleetwire_server.http.bodies import (
     StatusAnswer,
 )
 from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS, answer, parse_query, read_json
-from fleetwire_server.keys import INGEST, METRICS, NOW, SESSIONS, STORE, STREAMS
+from fleetwire_server.keys import CHANNELS, INGEST, METRICS, NOW, SESSIONS, STORE, STREAMS
 from fleetwire_server.model import Agent, AgentKey
 from fleetwire_server.storage import agents, commands
 from fleetwire_shared.errors import ForbiddenError, InvalidError, NotFoundError
@@ -90,8 +91,9 @@ async def rotate_key(request: web.Request) -> web.Response:
     agent_key = AgentKey(key_hash=hash_token(key), agent_id=agent.id, created_at=now, expires_at=None)
     await request.app[STORE].write(partial(agents.rotate_key, key=agent_key, others_expire_at=now + body.grace_seconds))
     session = request.app[SESSIONS].get(agent.id)
-    if session is not None and body.grace_seconds == 0:
-        session.link.close(CLOSE_KEY_REVOKED, "the key was revoked")
+    if session is not None:  # it was let in by an old key: with the new one the agent will have a link of its own
+        close = partial(session.link.close, CLOSE_KEY_REVOKED, "the key was replaced")
+        asyncio.get_running_loop().call_later(body.grace_seconds, close)
     return answer(EnrolAnswer(agent_id=agent.id, key=key))
 
 
@@ -104,6 +106,7 @@ async def delete_agent(request: web.Request) -> web.Response:
     if session is not None:
         session.link.close(CLOSE_KEY_REVOKED, "the agent was deleted")
     request.app[STREAMS].end_agent(agent_id, "the agent was deleted")
+    await request.app[CHANNELS].close_agent(agent_id)
     request.app[METRICS].forget(agent_id)
     request.app[INGEST].announce_agent(agent_id, "deleted")
     return answer(StatusAnswer(status="deleted"))

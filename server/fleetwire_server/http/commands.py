@@ -1,5 +1,6 @@
 """Commands of one agent: send, list, follow, fetch the output of, cancel."""
 
+import asyncio
 from collections.abc import Sequence
 from functools import partial
 
@@ -22,6 +23,9 @@ from fleetwire_shared.limits import MAX_COMMAND_BYTES
 
 PREVIEW_BYTES = 64 * 1024
 READ_BYTES = 256 * 1024
+
+STALL_SECONDS = 60.0
+"""How long a client may take none of the output it asked for."""
 
 
 async def send_command(request: web.Request) -> web.Response:
@@ -96,7 +100,8 @@ async def fetch_output(request: web.Request) -> web.StreamResponse:
         )
     ):
         position = pieces[-1].end
-        await response.write(b"".join(piece.data for piece in pieces))
+        async with asyncio.timeout(STALL_SECONDS):
+            await response.write(b"".join(piece.data for piece in pieces))
     await response.write_eof()
     return response
 

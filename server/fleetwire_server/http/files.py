@@ -5,7 +5,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
 from pathlib import PurePosixPath
@@ -17,7 +17,7 @@ from aiohttp import BodyPartReader, MultipartReader, web
 from fleetwire_server.core.channels import ChannelSocket, receive_message
 from fleetwire_server.http.agents import require_agent
 from fleetwire_server.http.bodies import FileQuery, UploadAnswer
-from fleetwire_server.http.requests import answer, parse_query
+from fleetwire_server.http.requests import answer, parse_query, read_header
 from fleetwire_server.keys import CHANNELS, CONFIG, SESSIONS
 from fleetwire_shared.errors import (
     FleetwireError,
@@ -50,7 +50,7 @@ async def download_file(request: web.Request) -> web.StreamResponse:
     agent = await require_agent(request)
     session = request.app[SESSIONS].require(agent.id)
     offset, length = parse_range(request.headers.get("Range"))
-    ask = partial(_read_file, path, offset, length, request.headers.get("If-Range"))
+    ask = partial(_read_file, path, offset, length, read_header(request, "If-Range"))
     async with request.app[CHANNELS].open(session, ask) as socket:
         opened = await receive_message(socket, FileOpened, timeout_seconds=STALL_SECONDS)
         if request.headers.get("If-None-Match") == f'"{opened.etag}"':
@@ -162,7 +162,7 @@ async def upload_file(request: web.Request) -> web.Response:
     async with AsyncExitStack() as stack:
         try:
             parts = await request.multipart()
-            while (part := await parts.next()) is not None:
+            while (part := await _next_part(parts)) is not None:
                 await _take_part(request, agent.id, part, form, stack)
         except (ValueError, AssertionError) as err:
             raise InvalidError(f"the body is not well-formed multipart/form-data: {err}") from err
@@ -174,6 +174,21 @@ async def upload_file(request: web.Request) -> web.Response:
             form.sent = await _open_sending(request, agent.id, form.dest, stack)
             await form.sent.send(_spooled_chunks(form.spool))
         return answer(await form.sent.finish())  # only now: what is wrong with the form must leave nothing on the host
+
+
+async def _next_part(parts: MultipartReader) -> MultipartReader | BodyPartReader | None:
+    async with _no_stall():
+        return await parts.next()
+
+
+@asynccontextmanager
+async def _no_stall() -> AsyncIterator[None]:
+    """Bound a wait for the client's next bytes. Raises PeerTimeoutError."""
+    try:
+        async with asyncio.timeout(STALL_SECONDS):
+            yield
+    except TimeoutError as err:
+        raise PeerTimeoutError(f"the upload stood still for {STALL_SECONDS:.0f} s") from err
 
 
 class _Form:
@@ -211,7 +226,8 @@ async def _take_part(
             )
             await _spool(part, form.spool)
     else:
-        await part.release()
+        async with _no_stall():
+            await part.release()
 
 
 async def _spool(part: BodyPartReader, spool: IO[bytes]) -> None:
@@ -238,11 +254,8 @@ async def _read_dest(part: BodyPartReader) -> str:
 
 async def _part_chunks(part: BodyPartReader) -> AsyncIterator[bytes]:
     while True:
-        try:
-            async with asyncio.timeout(STALL_SECONDS):
-                chunk = await part.read_chunk(CHUNK_BYTES)
-        except TimeoutError as err:
-            raise PeerTimeoutError(f"the upload stood still for {STALL_SECONDS:.0f} s") from err
+        async with _no_stall():
+            chunk = await part.read_chunk(CHUNK_BYTES)
         if not chunk:
             return
         yield bytes(chunk)

@@ -19,14 +19,8 @@ TICKET_SECONDS = 60
 
 async def log_in(request: web.Request) -> web.Response:
     body = await read_json(request, LoginRequest)
-    throttle, address = request.app[LOGIN_THROTTLE], request[CLIENT_ADDRESS]
-    throttle.check(address, body.username)
-    store = request.app[STORE]
-    user = await store.read(partial(users.get_user, name=body.username))
-    if not await asyncio.to_thread(verify_password, user.password_hash if user else None, body.password):
-        throttle.note_failure(address, body.username)
-        raise UnauthorizedError("username or password is wrong")
-    assert user is not None  # noqa: S101 - no password fits a user that does not exist
+    with request.app[LOGIN_THROTTLE].attempt(request[CLIENT_ADDRESS], body.username):
+        user = await _check_password(request, body)
     await _rehash(request, user, body.password)
     token, now = new_token(), request.app[NOW]()
     session = UserSession(
@@ -36,8 +30,17 @@ async def log_in(request: web.Request) -> web.Response:
         created_at=now,
         expires_at=now + request.app[CONFIG].session_hours * 3600,
     )
-    await store.write(partial(sessions.add_session, session=session))
+    await request.app[STORE].write(partial(sessions.add_session, session=session))
     return answer(LoginAnswer(token=token, role=user.role, username=user.name, expires_at=int(session.expires_at)))
+
+
+async def _check_password(request: web.Request, body: LoginRequest) -> User:
+    """Return the user who has that name and password. Raises UnauthorizedError."""
+    user = await request.app[STORE].read(partial(users.get_user, name=body.username))
+    is_right = await asyncio.to_thread(verify_password, user.password_hash if user else None, body.password)
+    if user is None or not is_right:
+        raise UnauthorizedError("username or password is wrong")
+    return user
 
 
 async def _rehash(request: web.Request, user: User, password: str) -> None:

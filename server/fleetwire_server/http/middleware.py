@@ -6,18 +6,22 @@ import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web import RequestPayloadError
 
 from fleetwire_server.http.connections import CONNECTIONS
 from fleetwire_server.http.guard import ROUTE
 from fleetwire_server.http.problem import http_problem_response, internal_problem_response, problem_response
 from fleetwire_server.http.requests import CLIENT_ADDRESS, REQUEST_ID
 from fleetwire_server.keys import CONFIG, TELEMETRY
-from fleetwire_shared.errors import FleetwireError
+from fleetwire_shared.errors import FleetwireError, InvalidError
 
 logger = logging.getLogger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx' number for it; no RFC has one, as there is nobody left to read it."""
+
+IS_ANSWERED: web.RequestKey[bool] = web.RequestKey("is_answered", bool)
 
 _Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -58,7 +62,7 @@ async def identify(request: web.Request, handler: _Handler) -> web.StreamRespons
 async def errors_to_problems(request: web.Request, handler: _Handler) -> web.StreamResponse:
     """Turn what a handler raises into its answer. Once a stream has begun there is no answer left to give."""
     try:
-        return await handler(request)
+        return await _handle(request, handler)
     except FleetwireError as err:
         return problem_response(err, request[REQUEST_ID])
     except web.HTTPException as err:
@@ -69,6 +73,26 @@ async def errors_to_problems(request: web.Request, handler: _Handler) -> web.Str
     except Exception:
         logger.exception("request %s failed", request[REQUEST_ID])
         return internal_problem_response(request[REQUEST_ID])
+
+
+async def _handle(request: web.Request, handler: _Handler) -> web.StreamResponse:
+    """Call the handler. A body that cannot be decoded is the client's fault; and where an answer had begun, only a
+    broken connection can still say that it went wrong: a second answer would be read as part of the first."""
+    try:
+        return await handler(request)
+    except (RequestPayloadError, HttpProcessingError) as err:
+        raise InvalidError(f"the body cannot be read: {getattr(err, 'message', None) or err}") from err
+    except FleetwireError as err:
+        if not request.get(IS_ANSWERED, False):
+            raise
+        if request.transport is not None:
+            request.transport.abort()
+        raise ConnectionAbortedError(err.message) from err
+
+
+async def note_answer(request: web.Request, _: web.StreamResponse) -> None:
+    """Signal `on_response_prepare`: from here on the status line is gone."""
+    request[IS_ANSWERED] = True
 
 
 @web.middleware

@@ -21,6 +21,17 @@ REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 CLIENT_ADDRESS: web.RequestKey[str] = web.RequestKey("client_address", str)
 
 
+def read_header(request: web.Request, name: str) -> str | None:
+    """Return a header that is passed on to an agent, None when it is missing or empty.
+
+    Raises:
+        InvalidError: it is not printable ASCII."""
+    value = request.headers.get(name)
+    if value and not (value.isascii() and value.isprintable()):
+        raise InvalidError(f"{name}: must be printable ASCII, as this server gave it")
+    return value or None
+
+
 def parse_query(request: web.Request, kind: type[S]) -> S:
     """Return the query string as a `kind`; parameters it does not have are ignored.
 

@@ -11,7 +11,7 @@ from fleetwire_server.core.metrics import report_document
 from fleetwire_server.http.agents import require_agent
 from fleetwire_server.http.bodies import LogStreamQuery
 from fleetwire_server.http.files import check_path
-from fleetwire_server.http.requests import parse_query
+from fleetwire_server.http.requests import parse_query, read_header
 from fleetwire_server.http.sse import EventStream, serve_events
 from fleetwire_server.keys import FANOUT, LOGS, METRICS
 from fleetwire_shared.errors import InvalidError
@@ -38,7 +38,7 @@ async def stream_logs(request: web.Request) -> web.StreamResponse:
     """One event a line, its `id:` the line's cursor; also `gap`, `rotated`, `waiting` (the agent is away), `end`."""
     query = parse_query(request, LogStreamQuery)
     _check(query)
-    cursor = request.headers.get("Last-Event-ID") or None
+    cursor = read_header(request, "Last-Event-ID")
     if cursor is not None and len(cursor) > MAX_CURSOR_CHARACTERS:
         raise InvalidError("Last-Event-ID must be the id of an event of this stream")
     agent = await require_agent(request)

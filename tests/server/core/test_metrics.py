@@ -99,3 +99,13 @@ def test_a_forgotten_agent_leaves_nothing() -> None:
     assert metrics.newest("agent") is None
     assert metrics.samples("agent") == ()
     assert metrics.finished_rollups(before=float("inf")) == []
+
+
+def test_what_no_host_can_have_never_reaches_the_sums() -> None:
+    metrics = Metrics()
+    for sign in (1.0, -1.0):
+        networks = (make_network("eth0", sign * 1.7e308), make_network("eth1", sign * 1.7e308))
+        metrics.add("agent", make_report(networks=networks), START)
+    (rollup,) = metrics.finished_rollups(before=float("inf"))
+    assert "received_bytes_per_second" not in rollup.counts
+    assert rollup.counts["cpu_percent"] == 2
