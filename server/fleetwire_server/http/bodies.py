@@ -240,10 +240,6 @@ class HistoryAnswer(Struct, kw_only=True):
     ]
 
 
-class MetricsQuery(Struct, kw_only=True):
-    pass
-
-
 class LogStreamQuery(Struct, kw_only=True):
     source: Annotated[Literal["journald", "file"], Meta(description="Where the lines come from.")]
     unit: (
