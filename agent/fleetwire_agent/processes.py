@@ -4,7 +4,6 @@ The agent is a child subreaper, so whatever a command starts stays its descendan
 and never by init. That is what makes "nothing is left running" provable without control groups."""
 
 import asyncio
-import errno
 import fcntl
 import logging
 import os
@@ -157,7 +156,12 @@ class Spawner:
             ValueError: an argument holds a NUL byte."""
         environment = {**self._environment, **(env or {})}
         stdout_read, stdout_write = os.pipe()
-        stderr_read, stderr_write = os.pipe()
+        try:
+            stderr_read, stderr_write = os.pipe()
+        except OSError:
+            os.close(stdout_read)
+            os.close(stdout_write)
+            raise
         try:
             child = subprocess.Popen(  # noqa: S603 - running commands is what the agent is for
                 argv,
@@ -344,9 +348,9 @@ def _signal(row: ProcessRow, signal_number: signal.Signals) -> None:
     """Signal exactly this process, not a later one of the same pid."""
     try:
         descriptor = os.pidfd_open(row.pid)
-    except OSError as err:
-        if err.errno not in (errno.ENOSYS, errno.EPERM):  # kernels before 5.3; seccomp filters that do not know it
-            raise
+    except ProcessLookupError:
+        return
+    except OSError:  # a kernel before 5.3, a seccomp filter that does not know it, or no descriptor is left
         descriptor = None
     try:
         now = read_process(row.pid)

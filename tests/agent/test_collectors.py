@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fleetwire_agent.collectors import Sampler
+from fleetwire_agent.collectors import Sampler, _Prepared
 from fleetwire_agent.collectors.cpu import CpuCollector
 from fleetwire_agent.collectors.filesystems import FilesystemCollector, Mount, choose_mounts
 from fleetwire_agent.collectors.processes import collect_processes
@@ -178,3 +178,21 @@ def test_reports_without_collectors_are_empty() -> None:
 @pytest.mark.parametrize("fstype", ["nfs", "nfs4", "cifs", "ceph", "autofs"])
 def test_a_network_filesystem_is_not_asked_even_if_the_kernel_calls_it_a_disk(fstype: str) -> None:
     assert choose_mounts([make_mount("/mnt", fstype=fstype)], DISK_TYPES | {fstype}) == []
+
+
+def test_a_collector_whose_first_reading_fails_is_tried_again() -> None:
+    attempts = []
+
+    class Late:
+        def __init__(self) -> None:
+            attempts.append(self)
+            if len(attempts) < 3:
+                raise FileNotFoundError("/sys/block")
+
+        def collect(self) -> dict[str, int]:
+            return {"process_count": 7}
+
+    sampler = Sampler(collectors={"late": _Prepared(Late).collect})
+    first, second = sampler.sample(), sampler.sample()
+    assert [failure.collector for failure in first.failures] == ["late"]
+    assert (second.failures, second.process_count) == ((), 7)

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from typing import Any, TypeAlias
 
 from fleetwire_agent.collectors.cpu import CpuCollector
@@ -53,14 +55,30 @@ class Sampler:
         return MetricsReport(sampled_at=self._now(), failures=tuple(failures), **values)
 
 
+class _Prepared:
+    """A collector with a first reading behind it. Where that fails, it is tried again when it is asked."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+        self._collector: Any = None
+        with suppress(Exception):  # told by `collect`, where a failure of one does not stop the others
+            self._collector = make()
+
+    def collect(self) -> Mapping[str, Any]:
+        if self._collector is None:
+            self._collector = self._make()
+        fields: Mapping[str, Any] = self._collector.collect()
+        return fields
+
+
 def _host_collectors(clock: Callable[[], float]) -> dict[str, Collector]:
     return {
-        "cpu": CpuCollector().collect,
+        "cpu": _Prepared(CpuCollector).collect,
         "load": collect_load,
         "memory": collect_memory,
         "filesystems": FilesystemCollector().collect,
-        "disks": DiskCollector(clock).collect,
-        "networks": NetworkCollector(clock).collect,
+        "disks": _Prepared(partial(DiskCollector, clock)).collect,
+        "networks": _Prepared(partial(NetworkCollector, clock)).collect,
         "temperatures": collect_temperatures,
         "processes": collect_processes,
         "uptime": collect_uptime,
