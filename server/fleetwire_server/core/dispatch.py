@@ -15,7 +15,7 @@ from fleetwire_server.core.fanout import FLEET_TOPIC, Fanout, command_topic
 from fleetwire_server.core.loops import run_every
 from fleetwire_server.core.sessions import AgentSession, Sessions
 from fleetwire_server.model import Command, CommandStatus, OutputPiece
-from fleetwire_server.storage import agents, commands
+from fleetwire_server.storage import commands
 from fleetwire_server.storage.commands import CommandChanges
 from fleetwire_server.storage.store import Connection, Store
 from fleetwire_shared.errors import ConflictError, FleetwireError, NotFoundError, ProtocolError
@@ -213,8 +213,6 @@ class Dispatch:
 
 
 def _add(connection: Connection, *, command: Command, session: AgentSession | None) -> Command:
-    if agents.get_agent(connection, command.agent_id) is None:
-        raise NotFoundError(f"there is no agent {command.agent_id}")
     commands.add_command(connection, command)
     if session is None:
         return command

@@ -82,12 +82,14 @@ async def _handle(request: web.Request, handler: _Handler) -> web.StreamResponse
         return await handler(request)
     except (RequestPayloadError, HttpProcessingError) as err:
         raise InvalidError(f"the body cannot be read: {getattr(err, 'message', None) or err}") from err
-    except FleetwireError as err:
+    except Exception as err:
         if not request.get(IS_ANSWERED, False):
             raise
         if request.transport is not None:
             request.transport.abort()
-        raise ConnectionAbortedError(err.message) from err
+        if isinstance(err, FleetwireError):
+            raise ConnectionAbortedError(err.message) from err
+        raise
 
 
 async def note_answer(request: web.Request, _: web.StreamResponse) -> None:
