@@ -6,22 +6,45 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Itera
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
 from tests.support.api import Api
-from tests.support.processes import ADMIN_PASSWORD, AgentProcess, Process, ServerProcess
+from tests.support.host_fixtures import (  # noqa: F401 - fixtures, for all tests
+    HOSTS,
+    OBSTACLES,
+    agent_bundle,
+    agent_host,
+    bookworm,
+    boot_host,
+    boot_session_host,
+    host_network,
+    trixie,
+)
+from tests.support.hosts import BRIDGE_ADDRESS
+from tests.support.processes import ADMIN_PASSWORD, AgentProcess, HostAgentProcess, Process, ServerProcess
 
 T = TypeVar("T")
 
 _LOG_CHARACTERS = 20_000  # of one process' log, in the report of a failed test
 _PROCESSES = pytest.StashKey[list[Process]]()
 
+_MARKERS = (
+    "e2e: needs real hosts, which scripts/testhost boots",
+    "on_hosts: runs twice, with its agents on this machine and on a real host",
+    "here_only(reason): of a file that is on_hosts, this one says nothing new on a host",
+)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_PROCESSES] = []
+    config.stash[HOSTS] = []
+    config.stash[OBSTACLES] = []
+    for marker in _MARKERS:
+        config.addinivalue_line("markers", marker)
     # How long an example takes says more of what else the machine does than of the code.
     settings.register_profile("fleetwire", deadline=None, suppress_health_check=[HealthCheck.too_slow])
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fleetwire"))
@@ -35,7 +58,22 @@ def pytest_runtest_makereport(
     if report.failed:
         for process in item.config.stash[_PROCESSES]:
             report.sections.append((f"log: {process.log}", process.log_text[-_LOG_CHARACTERS:]))
+        for host in item.config.stash[HOSTS]:
+            report.sections.append((f"console: {host.name}", host.console_text[-_LOG_CHARACTERS:]))
     return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if obstacles := config.stash[OBSTACLES]:
+        terminalreporter.section("NOT TESTED ON REAL HOSTS", sep="!", red=True, bold=True)
+        terminalreporter.line(f"This machine can boot none: {' '.join(obstacles)}", red=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    markers = {marker.name for marker in metafunc.definition.iter_markers()}
+    if "on_hosts" in markers and "here_only" not in markers:
+        on_host = pytest.param("host", marks=pytest.mark.e2e)
+        metafunc.parametrize("place", ["here", on_host], indirect=True, scope="session")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +93,33 @@ class Fleet:
         return f"/api/agents/{self.agent_id}"
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where agents run, and where a server listens so that they reach it."""
+
+    name: str
+    address: str
+    make_agent: Callable[..., AgentProcess]  # arguments as AgentProcess takes them
+
+
 @pytest.fixture(scope="session")
-def fleet(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Fleet]:
+def place(request: pytest.FixtureRequest) -> Place:
+    """This machine, or a real host in tests that are `on_hosts`."""
+    if getattr(request, "param", "here") == "here":
+        return Place("here", "127.0.0.1", AgentProcess)
+    host, bundle = request.getfixturevalue("agent_host"), request.getfixturevalue("agent_bundle")
+    return Place("host", BRIDGE_ADDRESS, partial(HostAgentProcess, host=host, bundle=bundle))
+
+
+@pytest.fixture(scope="session")
+def fleet(place: Place, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Fleet]:
     """Shared by all cheap tests: leave it as it was found."""
     directory = tmp_path_factory.mktemp("fleet")
     with ExitStack() as stack:
-        server = _enter(stack, request, ServerProcess(directory / "server"))
+        server = enter_process(stack, request, ServerProcess(directory / "server", listen_host=place.address))
         agent_id, key, token = _run_apart(lambda: _enrol(server, "web-01"))
-        agent = AgentProcess(directory / "agent", server_url=server.url, agent_id=agent_id, key=key)
-        _enter(stack, request, agent)
+        agent = place.make_agent(directory / "agent", server_url=server.url, agent_id=agent_id, key=key)
+        enter_process(stack, request, agent)
         _run_apart(lambda: _wait_for_agent(server, token, agent_id))
         yield Fleet(server, agent, token)
 
@@ -82,15 +138,15 @@ class StartServer(Protocol):
 
 
 @pytest.fixture
-def start_server(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartServer]:
+def start_server(place: Place, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartServer]:
     """Start a server of this test's own."""
     with ExitStack() as stack:
 
         def start(
             name: str = "server", *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
         ) -> ServerProcess:
-            server = ServerProcess(tmp_path / name, options=options, environment=environment)
-            return _enter(stack, request, server)
+            server = ServerProcess(tmp_path / name, options=options, environment=environment, listen_host=place.address)
+            return enter_process(stack, request, server)
 
         yield start
 
@@ -107,7 +163,7 @@ class StartAgent(Protocol):
 
 
 @pytest.fixture
-def start_agent(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartAgent]:
+def start_agent(place: Place, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[StartAgent]:
     """Enrol an agent at an admin's `api`, start it, and return when it is online.
 
     `server_url` is where it dials instead, such as a CuttableLink's."""
@@ -121,14 +177,14 @@ def start_agent(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Star
             environment: Mapping[str, str] | None = None,
         ) -> AgentProcess:
             agent_id, key = await api.enrol(label)
-            agent = AgentProcess(
+            agent = place.make_agent(
                 tmp_path / agent_id,
                 server_url=server_url or api.url,
                 agent_id=agent_id,
                 key=key,
                 environment=environment,
             )
-            _enter(stack, request, agent)
+            enter_process(stack, request, agent)
             await api.wait_for_agent(agent_id)
             return agent
 
@@ -155,7 +211,7 @@ async def open_api() -> AsyncIterator[OpenApi]:
 P = TypeVar("P", bound=Process)
 
 
-def _enter(stack: ExitStack, request: pytest.FixtureRequest, process: P) -> P:
+def enter_process(stack: ExitStack, request: pytest.FixtureRequest, process: P) -> P:
     """Start `process` until the stack closes; its log is in the report of whatever fails meanwhile."""
     processes = request.config.stash[_PROCESSES]
     stack.enter_context(process)

@@ -12,12 +12,13 @@ from typing import Final, Protocol, TypeAlias, TypeVar
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed, WebSocketException
 
+from fleetwire_agent.config import Profile
 from fleetwire_agent.files import BATCH_BYTES, FileReader, FileWriter
 from fleetwire_agent.journal import JournalFollower
 from fleetwire_agent.logs import POLL_SECONDS, FileFollower
 from fleetwire_agent.processes import Spawner
 from fleetwire_shared.codec import decode, encode
-from fleetwire_shared.errors import FleetwireError, ProtocolError, RangeError, UnavailableError
+from fleetwire_shared.errors import FleetwireError, ForbiddenError, ProtocolError, RangeError, UnavailableError
 from fleetwire_shared.limits import CHUNK_BYTES
 from fleetwire_shared.messages import (
     ON_CHANNEL,
@@ -35,6 +36,11 @@ from fleetwire_shared.messages import (
 MAX_CHANNELS: Final = 64
 OPEN_SECONDS: Final = 10.0
 """A path on a dead network filesystem does not answer; its thread waits on, the server is told."""
+
+MONITOR_WRITES_NOTHING: Final = (
+    "this host's agent was installed with the profile monitor, which writes no files;"
+    " install it with --profile manage to allow it"
+)
 
 _CLOSE_SECONDS: Final = 1.0
 _LAST_FRAME_SECONDS: Final = 300.0
@@ -60,17 +66,21 @@ C = TypeVar("C", bound=Closable)
 class Channels:
     """All open channels of the agent. They outlive the control connection that asked for them, not the agent."""
 
-    def __init__(self, *, dial: Dial, send: Send, spawn: Spawner, journal_directory: str | None) -> None:
+    def __init__(
+        self, *, dial: Dial, send: Send, spawn: Spawner, journal_directory: str | None, profile: Profile = "manage"
+    ) -> None:
         """Prepare; `serve` does the work.
 
         Args:
             dial: connects the channel of this id.
             send: sends on the control socket.
-            journal_directory: where the journal files are; None for the system's own."""
+            journal_directory: where the journal files are; None for the system's own.
+            profile: `monitor` refuses to write files."""
         self._dial = dial
         self._send = send
         self._spawner = spawn
         self._journal_directory = journal_directory
+        self._profile = profile
         self._group: asyncio.TaskGroup | None = None
         self._open_count = 0
         self._refusal_count = 0
@@ -124,6 +134,8 @@ class Channels:
         match message:
             case ReadFile():
                 await self._with(message, partial(FileReader, message), self._send_file)
+            case WriteFile() if self._profile == "monitor":
+                await self._refuse(message, ForbiddenError(MONITOR_WRITES_NOTHING))
             case WriteFile():
                 await self._with(message, partial(FileWriter, message), self._receive_file)
             case FollowLog(source="file"):

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal, TypeAlias
 
+from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Entry, Ledger, Stream, build_result
 from fleetwire_agent.processes import COMMAND_ID_VARIABLE, Pipe, Process, Spawner, kill_processes
 from fleetwire_shared.limits import CHUNK_BYTES, MAX_COMMANDS_AT_ONCE
@@ -30,6 +31,11 @@ MAX_HELD_COMMANDS: Final = 256
 
 SHUTDOWN_GRACE_SECONDS: Final = 0.5
 """Between SIGTERM and SIGKILL when the agent itself has to end."""
+
+MONITOR_RUNS_NOTHING: Final = (
+    "this host's agent was installed with the profile monitor, which runs no commands;"
+    " install it with --profile manage to allow them"
+)
 
 _BACKGROUND_OUTPUT_SECONDS: Final = 0.5  # how long a background child may hold the output after the shell's exit
 _LAST_OUTPUT_SECONDS: Final = 0.3  # for the watchers to note the ends, once all is killed
@@ -64,12 +70,14 @@ class Commands:
         spawner: Spawner,
         ledger: Ledger,
         max_at_once: int = MAX_COMMANDS_AT_ONCE,
+        profile: Profile = "manage",
         now: Callable[[], float] = time.time,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spawner = spawner
         self._ledger = ledger
         self._max_at_once = max_at_once
+        self._profile = profile
         self._now = now
         self._clock = clock
         self._shell = ("/bin/bash", "-c") if Path("/bin/bash").exists() else ("/bin/sh", "-c")
@@ -118,6 +126,8 @@ class Commands:
     def _reject(self, message: CommandOffer) -> CommandRejected | None:
         """Return why the command cannot be taken now; not remembered, as the same offer may be welcome later."""
         reject = partial(_rejection, message.command_id)
+        if self._profile == "monitor":
+            return reject("policy", MONITOR_RUNS_NOTHING)
         if message.kind != "shell":
             return reject("unsupported", f'kind must be "shell", got {message.kind[:50]!r}')
         if message.remaining_seconds <= 0:

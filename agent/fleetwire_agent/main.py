@@ -17,6 +17,8 @@ from fleetwire_agent.host import read_host_facts
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.processes import Spawner
 from fleetwire_agent.session import Dialer, Outbox, Session
+from fleetwire_agent.status import StatusFile
+from fleetwire_agent.version import read_version
 from fleetwire_shared.limits import METRICS_SECONDS
 
 FLUSH_SECONDS: Final = 0.8
@@ -34,13 +36,23 @@ _log = logging.getLogger(__name__)
 async def run_agent(config: AgentConfig) -> None:
     """Serve until SIGTERM or SIGINT. Returns when every command is dead and the server has been told, or is away."""
     stop = _stop_on_signals()
-    with Spawner(config.command_environment) as spawner:
+    version = read_version()
+    with (
+        StatusFile(config.state_dir, server=config.server, version=version) as status,
+        Spawner(config.command_environment) as spawner,
+    ):
         ledger = Ledger()
         outbox = Outbox()
-        commands = Commands(spawner=spawner, ledger=ledger, max_at_once=config.max_commands_at_once)
+        commands = Commands(
+            spawner=spawner, ledger=ledger, max_at_once=config.max_commands_at_once, profile=config.profile
+        )
         dialer = Dialer(config)
         channels = Channels(
-            dial=dialer.channel, send=outbox.send, spawn=spawner, journal_directory=config.journal_directory
+            dial=dialer.channel,
+            send=outbox.send,
+            spawn=spawner,
+            journal_directory=config.journal_directory,
+            profile=config.profile,
         )
         session = Session(
             dial=dialer.control,
@@ -50,6 +62,8 @@ async def run_agent(config: AgentConfig) -> None:
             ledger=ledger,
             commands=commands,
             open_channel=channels.open,
+            on_status=status.note,
+            agent_version=version,
         )
         async with asyncio.TaskGroup() as group:
             loops = (commands.serve(), channels.serve(), session.run(), report_metrics(session, outbox))

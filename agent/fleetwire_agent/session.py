@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
@@ -22,7 +22,9 @@ from websockets.typing import Subprotocol
 from fleetwire_agent.commands import Commands
 from fleetwire_agent.config import AgentConfig
 from fleetwire_agent.ledger import Ledger
-from fleetwire_shared import __version__
+from fleetwire_agent.status import KEY_NOT_ACCEPTED, KEY_REVOKED, LinkState
+from fleetwire_agent.tls import build_tls_context
+from fleetwire_agent.version import read_version
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.errors import ProtocolError
 from fleetwire_shared.limits import CHUNK_BYTES, MAX_CONTROL_FRAME_BYTES, RECONNECT_MAX_SECONDS, RECONNECT_MIN_SECONDS
@@ -46,6 +48,7 @@ from fleetwire_shared.messages import (
     Welcome,
     WriteFile,
 )
+from fleetwire_shared.pins import parse_pins
 
 KEY_REFUSED: Final = 4001
 PROTOCOL_REFUSED: Final = 4002
@@ -86,7 +89,7 @@ def describe_failure(error: BaseException) -> Failure | None:
     if isinstance(error, InvalidStatus):
         status = error.response.status_code
         if status == 401:
-            return Failure("the server does not accept the agent's key (HTTP 401)", is_hopeless=True)
+            return Failure(KEY_NOT_ACCEPTED, is_hopeless=True)
         retry_after = error.response.headers.get("Retry-After", "")
         return Failure(f"the server answered HTTP {status}", float(retry_after) if retry_after.isdecimal() else None)
     if isinstance(error, ConnectionClosed):
@@ -103,7 +106,7 @@ def _describe_close(error: ConnectionClosed) -> Failure:
         return Failure("the connection broke")
     code, reason = error.rcvd.code, error.rcvd.reason
     if code == KEY_REFUSED:
-        return Failure("the server has revoked the agent's key", is_hopeless=True)
+        return Failure(KEY_REVOKED, is_hopeless=True)
     if code == PROTOCOL_REFUSED:
         return Failure(f"the server speaks no protocol this agent speaks: {reason}", is_hopeless=True)
     if code == REPLACED:
@@ -143,9 +146,10 @@ class Dialer:
         self._base_url = re.sub(r"^http", "ws", config.server)
         self._key = config.key
         self._use_proxy = config.use_proxy
-        self._tls = (
-            ssl.create_default_context(cafile=config.tls_ca_file) if config.server.startswith("https:") else None
-        )
+        self._user_agent = f"fleetwire-agent/{read_version()}"
+        self._tls: ssl.SSLContext | None = None
+        if config.server.startswith("https:"):
+            self._tls = build_tls_context(config.tls_ca_file, parse_pins(config.tls_pin) if config.tls_pin else ())
         self._log = logging.getLogger(f"{__name__}.websockets")
         self._log.setLevel(logging.INFO)  # below that the library logs headers, and so the key
 
@@ -161,7 +165,7 @@ class Dialer:
         return _DirectConnect(
             f"{self._base_url}/api/agents/{path}",
             additional_headers={"X-Agent-Key": self._key},
-            user_agent_header=f"fleetwire-agent/{__version__}",
+            user_agent_header=self._user_agent,
             subprotocols=[Subprotocol(subprotocol)] if subprotocol else None,
             ssl=self._tls,
             proxy=True if self._use_proxy else None,
@@ -246,6 +250,16 @@ def _set_if(event: asyncio.Event, condition: bool) -> None:
 # ---------------------------------------------------------------- the session
 
 
+class OnStatus(Protocol):
+    """Is told what the link does now; must return at once. `detail`: why it is not connected."""
+
+    def __call__(self, state: LinkState, *, agent_id: str | None = None, detail: str | None = None) -> None: ...
+
+
+def ignore_status(state: LinkState, *, agent_id: str | None = None, detail: str | None = None) -> None:
+    """Tell nobody."""
+
+
 class Session:
     """Keeps one control link to the server, for as long as `run` runs."""
 
@@ -259,6 +273,8 @@ class Session:
         ledger: Ledger,
         commands: Commands,
         open_channel: Callable[[ReadFile | WriteFile | FollowLog], None],
+        on_status: OnStatus = ignore_status,
+        agent_version: str | None = None,
         jitter: Callable[[], float] = random.random,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         clock: Callable[[], float] = time.monotonic,
@@ -270,6 +286,8 @@ class Session:
         self._ledger = ledger
         self._commands = commands
         self._open_channel = open_channel
+        self._on_status = on_status
+        self._agent_version = agent_version or read_version()
         self._jitter = jitter
         self._sleep = sleep
         self._clock = clock
@@ -281,7 +299,9 @@ class Session:
         """Dial, serve the link, wait, dial again; until cancelled."""
         failures_in_a_row = 0
         while True:
+            self._on_status("connecting")
             failure = await self._run_link()
+            self._on_status("connecting", detail=failure.reason)
             failures_in_a_row = 1 if self._was_healthy() else failures_in_a_row + 1
             delay_seconds = delay_before_dialling(failure, failures_in_a_row, self._jitter)
             level = logging.ERROR if failure.is_hopeless else logging.WARNING
@@ -313,6 +333,7 @@ class Session:
         """Greet, then read, write and deliver until the link ends, which always is an exception."""
         welcome = await self._greet(socket)
         _log.info("connected as %s to server %s", welcome.agent_id, welcome.server_version)
+        self._on_status("connected", agent_id=welcome.agent_id)
         self._welcomed_at = self._clock()
         self.metrics_seconds = welcome.metrics_seconds
         self.is_welcomed.set()
@@ -335,7 +356,7 @@ class Session:
         hello = Hello(
             protocol_oldest=PROTOCOL_OLDEST,
             protocol_newest=PROTOCOL_VERSION,
-            agent_version=__version__,
+            agent_version=self._agent_version,
             instance_id=self._instance_id,
             host=await asyncio.to_thread(self._read_host),
             ledger=self._ledger.list_entries(),

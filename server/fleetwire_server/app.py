@@ -16,16 +16,19 @@ from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.ingest import Ingest
 from fleetwire_server.core.logs import Logs
 from fleetwire_server.core.metrics import Metrics
+from fleetwire_server.core.requests import Requests
 from fleetwire_server.core.sessions import Sessions
 from fleetwire_server.core.streams import OpenStreams
 from fleetwire_server.core.telemetry import Telemetry
 from fleetwire_server.core.throttle import LoginThrottle
-from fleetwire_server.core.tokens import new_channel_id
+from fleetwire_server.core.tokens import new_channel_id, new_request_id
+from fleetwire_server.deploy.bundle import read_bundle
 from fleetwire_server.http.connections import CONNECTIONS, ConnectionGuard
 from fleetwire_server.http.middleware import errors_to_problems, identify, note_answer, secure_headers
 from fleetwire_server.http.routes import add_routes
 from fleetwire_server.keys import (
     ACCESS,
+    BUNDLE,
     CHANNELS,
     CONFIG,
     DISPATCH,
@@ -35,12 +38,15 @@ from fleetwire_server.keys import (
     LOGS,
     METRICS,
     NOW,
+    REQUESTS,
     SESSIONS,
     STORE,
     STREAMS,
     TELEMETRY,
+    TLS_PIN,
 )
 from fleetwire_server.storage.store import open_store
+from fleetwire_server.tls import find_pin
 from fleetwire_shared.errors import UnavailableError
 
 MAX_BODY_BYTES = 1024 * 1024
@@ -53,11 +59,14 @@ def create_app(config: ServerConfig, *, now: Clock = time.time) -> web.Applicati
     app[CONFIG] = config
     app[NOW] = now
     app[CONNECTIONS] = ConnectionGuard(config)
+    app[BUNDLE] = read_bundle(config.agent_bundle)
+    app[TLS_PIN] = find_pin(config)
     app[FANOUT] = Fanout()
     app[METRICS] = Metrics()
     app[SESSIONS] = Sessions(now=now)
     app[STREAMS] = OpenStreams()
     app[CHANNELS] = Channels(new_channel_id=new_channel_id, max_per_agent=config.max_channels_per_agent)
+    app[REQUESTS] = Requests(new_request_id=new_request_id)
     app[LOGS] = Logs(sessions=app[SESSIONS], channels=app[CHANNELS])
     app[LOGIN_THROTTLE] = LoginThrottle(failures_per_minute=config.login_failures_per_minute)
     app[TELEMETRY] = Telemetry(partial(_read_gauges, app))

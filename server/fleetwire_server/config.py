@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 from sqlalchemy import make_url
 
 from fleetwire_shared.errors import InvalidError
+from fleetwire_shared.pins import parse_pins
 
 from .storage.engines import parse_database_url
 
@@ -32,6 +33,8 @@ class ServerConfig:
     public_url: str  # without a slash at the end
     tls_cert: Path | None
     tls_key: Path | None
+    tls_pin: str  # auto, off, or pins in curl's syntax
+    agent_bundle: Path | None  # None: the one that came with the server
     session_hours: float
     login_failures_per_minute: int
     max_connections_per_address: int
@@ -99,6 +102,8 @@ def load_config(
         raise InvalidError("tls_cert and tls_key must be given together, or neither")
     if values["public_url"] is None:
         values["public_url"] = f"{'https' if has_tls else 'http'}://{_join_address(host, port)}"
+    if values["tls_pin"] not in ("auto", "off") and not values["public_url"].startswith("https:"):
+        raise InvalidError(f"tls_pin needs a public_url with https://, got {values['public_url']}")
     if values["database_url"] is None:
         values["database_url"] = f"sqlite:///{values['data_dir'] / 'fleetwire.db'}"
     return ServerConfig(listen_host=host, listen_port=port, **values)
@@ -216,6 +221,15 @@ def _one_of(*choices: str) -> Callable[[str, Any], str]:
     return parse
 
 
+def _parse_pin(name: str, value: Any) -> str:
+    if value in ("auto", "off"):
+        return str(value)
+    try:
+        return ";".join(parse_pins(_parse_text(name, value)))
+    except InvalidError as err:
+        raise InvalidError(f"{name} must be auto, off, or pins: {err}") from err
+
+
 def _parse_networks(name: str, value: Any) -> tuple[Network, ...]:
     given = value.replace(",", " ").split() if isinstance(value, str) else value
     try:
@@ -258,6 +272,19 @@ SETTINGS = (
         parse=_parse_path,
     ),
     Setting(name="tls_key", default=None, help="PEM file of the certificate's private key.", parse=_parse_path),
+    Setting(
+        name="tls_pin",
+        default="auto",
+        help="Public key that agents pin, as curl's sha256//BASE64[;sha256//BASE64]. auto: that of tls_cert where this"
+        " machine's certificates do not vouch for it (self-signed, a private authority). off: none.",
+        parse=_parse_pin,
+    ),
+    Setting(
+        name="agent_bundle",
+        default=None,
+        help="File of the agent that hosts are given. Default: the one that came with the server.",
+        parse=_parse_path,
+    ),
     Setting(
         name="session_hours",
         default=24,

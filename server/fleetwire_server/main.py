@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import signal
-import ssl
 import sys
 from collections.abc import Coroutine
 from functools import partial
@@ -22,6 +21,7 @@ from fleetwire_server.model import Role, User
 from fleetwire_server.storage import users
 from fleetwire_server.storage.engines import prepare_directory
 from fleetwire_server.storage.store import Connection
+from fleetwire_server.tls import server_context
 from fleetwire_shared.errors import FleetwireError, UnavailableError
 
 SHUTDOWN_SECONDS = 5.0
@@ -91,7 +91,7 @@ async def _listen(app: web.Application, runner: web.AppRunner) -> asyncio.Server
     config = app[CONFIG]
     if runner.server is None:
         raise UnavailableError("the application was not set up")
-    tls = _tls_context(config)
+    tls = server_context(config)
     factory = app[CONNECTIONS].protocol_factory(runner.server)
     try:
         server = await asyncio.get_running_loop().create_server(
@@ -105,19 +105,6 @@ async def _listen(app: web.Application, runner: web.AppRunner) -> asyncio.Server
     host = f"[{config.listen_host}]" if ":" in config.listen_host else config.listen_host
     _say(f"Fleetwire listens on {'https' if tls else 'http'}://{host}:{port}")
     return server
-
-
-def _tls_context(config: ServerConfig) -> ssl.SSLContext | None:
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    try:
-        context.load_cert_chain(config.tls_cert, config.tls_key)
-    except (OSError, ssl.SSLError) as err:
-        raise UnavailableError(
-            f"the TLS certificate {config.tls_cert} or key {config.tls_key} cannot be used: {err}"
-        ) from err
-    return context
 
 
 async def _ensure_admin(app: web.Application) -> None:

@@ -70,6 +70,93 @@ class Agent:
     last_seen: float | None = None
 
 
+class DeploymentStatus(StrEnum):
+    RUNNING = "running"
+    FINISHED = "finished"  # each host has ended, one way or another
+    INTERRUPTED = "interrupted"  # the server stopped meanwhile
+
+
+class HostStatus(StrEnum):
+    """Where the deployment to one host is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DEPLOYED = "deployed"
+    FAILED = "failed"
+    INTERRUPTED = "interrupted"  # the server stopped meanwhile
+
+    @property
+    def is_end(self) -> bool:
+        return self not in (HostStatus.WAITING, HostStatus.RUNNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentHost:
+    """The deployment to one host and how it ended. No secret is kept of it."""
+
+    host: str
+    port: int
+    ssh_user: str
+    label: str
+    profile: str
+    status: HostStatus = HostStatus.WAITING
+    step: str | None = None  # at which it failed
+    reason: str | None = None  # stable; for programs
+    detail: str | None = None  # what was wrong and what would be right
+    agent_id: str | None = None  # stays when the agent is deleted later
+    host_key: str | None = None  # fingerprint
+    started_at: float | None = None
+    finished_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deployment:
+    id: str
+    status: DeploymentStatus
+    created_at: float
+    created_by: str
+    finished_at: float | None = None
+    hosts: tuple[DeploymentHost, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeploymentSummary:
+    """A deployment in a list: how many of its hosts ended how."""
+
+    id: str
+    status: DeploymentStatus
+    created_at: float
+    created_by: str
+    finished_at: float | None
+    hosts: int
+    deployed: int
+    failed: int  # or interrupted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostKey:
+    """The key an SSH server was first seen with, and must show from then on."""
+
+    host: str
+    port: int
+    public_key: str  # in OpenSSH's format, without a comment
+    fingerprint: str  # SHA256:..., as ssh-keygen -l prints it
+    pinned_at: float
+    pinned_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """Who did what to what. `sequence` is 0 before it is stored."""
+
+    at: float
+    actor: str
+    action: str
+    subject: str
+    detail: Mapping[str, object] = field(default_factory=dict)
+    sequence: int = 0
+
+
 class CommandStatus(StrEnum):
     """Where a command is in its life; the table of transitions is in core/command_states.py."""
 

@@ -105,6 +105,17 @@ class CollectorFailure:
     message: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One unit of the service manager. The words are systemd's own."""
+
+    name: str
+    load: str  # "loaded", "not-found", "masked" ...; "not-loaded": only the journal still knows it
+    active: str  # "active", "inactive", "failed" ...
+    sub: str  # "running", "exited", "listening" ...
+    description: str
+
+
 # ---------------------------------------------------------------- control, both directions
 
 
@@ -232,6 +243,35 @@ class ChannelRefused:
     size_bytes: int | None = None  # of the file, where the range wanted lies outside it
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitList:
+    """The host's units, sorted by name. Answers `list_units`."""
+
+    type: ClassVar[str] = "unit_list"
+    request_id: str
+    units: tuple[Unit, ...]
+    is_truncated: bool = False  # there are more than fit into one frame
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uninstalled:
+    """The agent is removed from its host and leaves as soon as this is written. Answers `uninstall`."""
+
+    type: ClassVar[str] = "uninstalled"
+    request_id: str
+    removed: tuple[str, ...]  # paths
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFailed:
+    """The agent cannot or will not do what was asked. `code` is one of errors.py. Answers any `request_id`."""
+
+    type: ClassVar[str] = "request_failed"
+    request_id: str
+    code: str
+    message: str
+
+
 # ---------------------------------------------------------------- control, server to agent
 
 
@@ -332,6 +372,25 @@ class FollowLog:
     priority: int | None = None  # 0 (emerg) to 7 (debug), this and more urgent; journald only
     grep: str | None = None  # only lines that contain this text
     cursor: str | None = None  # go on after this line
+    boot: str | None = None  # "0" (the last), "-1" (the one before) ..., or 32 hex digits; journald only
+    kernel: bool = False  # the kernel's messages only; journald only, not with `unit`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListUnits:
+    """Which units does the host have? Answered by `unit_list` or `request_failed`."""
+
+    type: ClassVar[str] = "list_units"
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uninstall:
+    """Remove the agent from its host. Answered by `uninstalled` or `request_failed`; after the former it leaves."""
+
+    type: ClassVar[str] = "uninstall"
+    request_id: str
+    purge: bool = False  # also its key, its settings and its state
 
 
 # ---------------------------------------------------------------- channels
@@ -412,11 +471,11 @@ class End:
 
 AgentMessage: TypeAlias = (
     Hello | Heartbeat | MetricsReport | CommandAccepted | CommandRejected | CommandStarted | CommandOutput
-    | CommandFinished | ChannelRefused
+    | CommandFinished | ChannelRefused | UnitList | Uninstalled | RequestFailed
 )  # fmt: skip
 ServerMessage: TypeAlias = (
     Welcome | Heartbeat | CommandOffer | CommandCancel | OutputStored | CommandStored | ReadFile | WriteFile
-    | FollowLog
+    | FollowLog | ListUnits | Uninstall
 )  # fmt: skip
 ChannelMessage: TypeAlias = (
     FileOpened | FileReady | FileWritten | LogOpened | LogLines | LogGap | LogRotated | End
@@ -428,14 +487,14 @@ FROM_AGENT: Mapping[str, type[AgentMessage]] = {
     kind.type: kind
     for kind in (
         Hello, Heartbeat, MetricsReport, CommandAccepted, CommandRejected, CommandStarted, CommandOutput,
-        CommandFinished, ChannelRefused,
+        CommandFinished, ChannelRefused, UnitList, Uninstalled, RequestFailed,
     )
 }  # fmt: skip
 FROM_SERVER: Mapping[str, type[ServerMessage]] = {
     kind.type: kind
     for kind in (
         Welcome, Heartbeat, CommandOffer, CommandCancel, OutputStored, CommandStored, ReadFile, WriteFile,
-        FollowLog,
+        FollowLog, ListUnits, Uninstall,
     )
 }  # fmt: skip
 ON_CHANNEL: Mapping[str, type[ChannelMessage]] = {

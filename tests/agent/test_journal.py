@@ -10,7 +10,8 @@ import pytest
 from tests.support.eventually import eventually
 from tests.support.journals import FIRST_MICROSECONDS, JOURNAL_REMOTE, make_entry, write_journal
 
-from fleetwire_agent.journal import MAX_ENTRY_BYTES, JournalFollower, format_entry
+from fleetwire_agent.journal import MAX_ENTRY_BYTES, JournalFollower
+from fleetwire_agent.journal_entries import format_entry
 from fleetwire_agent.processes import Spawner
 from fleetwire_shared.errors import InvalidError, UnavailableError
 from fleetwire_shared.limits import MAX_LINE_BYTES

@@ -12,7 +12,7 @@ _PIECE_BYTES = 16 * 1024
 
 
 class CuttableLink:
-    """Forwards 127.0.0.1:`port` to a server, until told otherwise; open it with `async with`.
+    """Forwards a port of a server's own address to it, until told otherwise; open it with `async with`.
 
     cut(): nothing gets through in either direction, and nobody is told: both ends keep their sockets, as with a pulled
     cable. New connections are accepted and hear nothing either.
@@ -38,10 +38,11 @@ class CuttableLink:
     @property
     def url(self) -> str:
         assert self._server is not None, "open it with `async with`"
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        host, port = self._server.sockets[0].getsockname()
+        return f"http://{host}:{port}"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=_PIECE_BYTES)
+        self._server = await asyncio.start_server(self._serve, self._target[0], 0, limit=_PIECE_BYTES)
         return self
 
     async def __aexit__(

@@ -11,7 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
+from tests.support.hosts import Host
+
 _BIN = Path(sys.executable).parent  # where pip put our commands; not resolved: it is the environment that counts
+ROOT = Path(__file__).resolve().parents[2]
+
 _START_SECONDS = 30.0
 _STOP_SECONDS = 15.0
 
@@ -140,20 +144,29 @@ class Process:
 
 
 class ServerProcess(Process):
-    """`fleetwire-server serve` on a free port of 127.0.0.1. It keeps its port over restarts, as a real one does.
+    """`fleetwire-server serve` on a free port of an address. It keeps its port over restarts, as a real one does.
 
     Args:
         directory: gets the log and, in `data`, all the server stores.
         options: further arguments of `serve`.
-        environment: variables beyond a plain environment, such as FLEETWIRE_* settings."""
+        environment: variables beyond a plain environment, such as FLEETWIRE_* settings.
+        listen_host: an address of this machine.
+        port: 0 is any free one."""
 
     def __init__(
-        self, directory: Path, *, options: Sequence[str] = (), environment: Mapping[str, str] | None = None
+        self,
+        directory: Path,
+        *,
+        options: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+        listen_host: str = "127.0.0.1",
+        port: int = 0,
     ) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.data_dir = directory / "data"
         self._options = list(options)
-        self._port = 0
+        self.listen_host = listen_host
+        self._port = port
         self._scheme = "http"
         super().__init__(
             [],
@@ -168,10 +181,10 @@ class ServerProcess(Process):
 
     @property
     def url(self) -> str:
-        return f"{self._scheme}://127.0.0.1:{self.port}"
+        return f"{self._scheme}://{self.listen_host}:{self.port}"
 
     def start(self) -> None:
-        listen = f"127.0.0.1:{self._port}"
+        listen = f"{self.listen_host}:{self._port}"
         command = [_BIN / "fleetwire-server", "serve", "--listen", listen, "--data-dir", self.data_dir]
         self.arguments = [str(argument) for argument in [*command, *self._options]]
         super().start()
@@ -213,6 +226,74 @@ class AgentProcess(Process):
             log=directory / "agent.log",
             environment=plain_environment() | dict(environment or {}),
         )
+
+
+class HostAgentProcess(AgentProcess):
+    """`fleetwire-agent run` on a test host, by that host's own python3, from the bundle.
+
+    Args:
+        directory: is at the same path on the host.
+        bundle: the agent as one file, there too."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        host: Host,
+        bundle: Path,
+        server_url: str,
+        agent_id: str,
+        key: str,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(directory, server_url=server_url, agent_id=agent_id, key=key)
+        self.arguments[:1] = ["/usr/bin/python3", str(bundle)]
+        self.environment = dict(environment or {})
+        self._host = host
+
+    @property
+    def pid(self) -> int:
+        """The agent itself, as this machine numbers it; what was started here only waits for it."""
+        return self._inner_pid
+
+    def wait_until_started(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        waiting = super().pid
+        while time.monotonic() < deadline and self.is_running:
+            for child in Path(f"/proc/{waiting}/task/{waiting}/children").read_text().split():
+                if Path(f"/proc/{child}/cmdline").read_bytes().startswith(b"/usr/bin/python3\0"):
+                    self._inner_pid = int(child)
+                    return
+            time.sleep(0.01)  # /proc has no event that tells of it
+        raise AssertionError(f"the agent did not start on {self._host.name}:\n{self.log_text}")
+
+    def resume(self) -> None:
+        super().resume()
+        if self.is_running:
+            os.kill(super().pid, signal.SIGCONT)  # nsenter stops with what it waits for
+
+    def _spawn(self, output: IO[bytes]) -> subprocess.Popen[bytes]:
+        command = self._host.build_exec(self.arguments, self.environment)
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "KILL", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+
+    def _end(self, number: signal.Signals) -> int:
+        if self.is_running:
+            os.kill(self.pid, number)
+        return self.wait()
+
+
+def build_agent_bundle(tree: Path, output: Path) -> Path:
+    """Build the agent of a tree as one file."""
+    command: list[str | Path] = [tree / "scripts/build-agent", "--output", output]
+    done = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    return output
 
 
 def plain_environment() -> dict[str, str]:

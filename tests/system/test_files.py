@@ -1,6 +1,7 @@
 """Files to and from a host: any name, any size, whole or a range, and never a part that looks like the whole."""
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import os
@@ -12,10 +13,12 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import ClientPayloadError, FormData
-from tests.conftest import Fleet, OpenApi, StartAgent, StartServer
+from tests.conftest import Fleet, OpenApi, Place, StartAgent, StartServer
 from tests.support.api import Api
 from tests.support.eventually import eventually
 from tests.support.link import CuttableLink
+
+pytestmark = pytest.mark.on_hosts
 
 GIB = 1024**3
 MIB = 1024**2
@@ -86,14 +89,15 @@ async def test_empty_linked_and_kernel_files(fleet: Fleet, api: Api, tmp_path: P
     assert headers["Accept-Ranges"] == "none", "its size is known only when it was read"
 
 
-async def test_what_is_no_file_is_refused_in_good_time(fleet: Fleet, api: Api, tmp_path: Path) -> None:
+async def test_what_is_no_file_is_refused_in_good_time(place: Place, fleet: Fleet, api: Api, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
+    read_kernel_messages()
     async with asyncio.timeout(15):
         for path, status, word in (
             (tmp_path, 400, "directory"),
             (tmp_path / "fifo", 400, "FIFO"),
             ("/dev/zero", 400, "device"),
-            ("/proc/kmsg", 400, "stream"),
+            ("/proc/kmsg", 400, "stream" if place.name == "here" else "FIFO"),  # nspawn puts one there
             (tmp_path / "missing", 404, "No such file"),
             ("etc/hosts", 400, "absolute"),
             ("/" + "x" * 5000, 400, ""),
@@ -101,6 +105,19 @@ async def test_what_is_no_file_is_refused_in_good_time(fleet: Fleet, api: Api, t
             answered, body, headers = await download(api, fleet.agent_path, path)
             assert (answered, headers["Content-Type"]) == (status, "application/problem+json"), (path, body)
             assert word in body.decode(), body
+
+
+def read_kernel_messages() -> None:
+    """Read what /proc/kmsg holds, so that who reads next has to wait; each message is there for one reader only."""
+    if os.geteuid() != 0:
+        return
+    descriptor = os.open("/proc/kmsg", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            while os.read(descriptor, 65536):
+                pass
+    finally:
+        os.close(descriptor)
 
 
 async def test_ranges(fleet: Fleet, api: Api, tmp_path: Path) -> None:
@@ -328,6 +345,7 @@ async def test_an_upload_that_is_given_up_leaves_nothing(fleet: Fleet, api: Api,
     await eventually(lambda: asyncio.sleep(0, os.listdir(tmp_path) == ["dest"]))
 
 
+@pytest.mark.here_only(reason="its mount is not seen on a host; e2e fills a host's own disk")
 async def test_a_full_disk_on_the_host_is_said_and_leaves_nothing(fleet: Fleet, api: Api, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small filesystem")
@@ -398,6 +416,7 @@ async def _broken_upload(api: Api, agent_path: str, dest: Path) -> int:
         return 0
 
 
+@pytest.mark.here_only(reason="a minute of silence in a proxy on this machine; e2e cuts a host's own cable")
 async def test_transfers_over_a_link_that_fell_silent_are_given_up(
     start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path
 ) -> None:
@@ -433,7 +452,7 @@ async def test_header_bytes_that_are_no_text_are_refused_and_the_link_stays(flee
         "Last-Event-ID": f"{fleet.agent_path}/stream/logs?source=file&path=/etc/hostname",
     }
     for name, path in paths.items():
-        reader, writer = await asyncio.open_connection("127.0.0.1", fleet.server.port)
+        reader, writer = await asyncio.open_connection(fleet.server.listen_host, fleet.server.port)
         head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\n{name}: ".encode()
         writer.write(head + b"\xff\r\n\r\n")
         async with asyncio.timeout(10):

@@ -19,6 +19,8 @@ from tests.support.journals import FIRST_MICROSECONDS, make_entry, write_journal
 from tests.support.link import CuttableLink
 from tests.support.processes import AgentProcess, ServerProcess
 
+pytestmark = pytest.mark.on_hosts
+
 MIB = 1024**2
 MANY_LINES = 200_000
 
@@ -158,6 +160,7 @@ async def test_viewers_of_one_log_share_its_tail(fleet: Fleet, api: Api, log: Pa
 # ---------------------------------------------------------------- a viewer that stops reading
 
 
+@pytest.mark.here_only(reason="half a minute that is between the server and its viewers")
 async def test_a_viewer_that_stops_reading_is_closed_and_the_others_notice_nothing(
     start_server: StartServer, open_api: OpenApi, start_agent: StartAgent, log: Path
 ) -> None:
@@ -197,7 +200,7 @@ def stuck_viewer(server: ServerProcess, api: Api, agent_path: str, log: Path) ->
     """Return a socket that asked for the stream and never reads."""
     own = socket.socket()
     own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-    own.connect(("127.0.0.1", server.port))
+    own.connect((server.listen_host, server.port))
     target = f"{agent_path}/stream/logs?{urlencode({'source': 'file', 'path': log, 'lines': 10_000})}"
     own.sendall(f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {api.token}\r\n\r\n".encode())
     return own
@@ -423,6 +426,7 @@ async def test_viewers_stay_while_the_link_breaks(fleet: Fleet, api: Api, start_
         await api.delete(f"/api/agents/{agent.agent_id}")
 
 
+@pytest.mark.here_only(reason="a minute of silence in a proxy on this machine; e2e cuts a host's own cable")
 async def test_viewers_stay_while_the_link_is_silent_for_so_long_that_it_is_given_up(
     fleet: Fleet, api: Api, start_agent: StartAgent, log: Path
 ) -> None:

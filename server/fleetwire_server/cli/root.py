@@ -12,6 +12,7 @@ from fleetwire_server.config import ServerConfig
 from fleetwire_server.storage.backup import write_backup
 from fleetwire_shared import __version__
 
+from .agents import agent
 from .options import config_from, database_options, setting_option
 from .users import user
 
@@ -57,4 +58,5 @@ def openapi() -> None:
     click.echo(json.dumps(build_document(ROUTES), indent=2, ensure_ascii=False))
 
 
+root.add_command(agent)
 root.add_command(user)

@@ -1,26 +1,18 @@
 """`fleetwire-server user`: users, in the database directly. A running server sees the changes at once."""
 
-import asyncio
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
 
 import click
-from sqlalchemy import Connection
 
 from fleetwire_server.core.passwords import hash_password
 from fleetwire_server.core.usernames import check_username
 from fleetwire_server.model import Role, User
 from fleetwire_server.storage import users
-from fleetwire_server.storage.engines import database_file
-from fleetwire_server.storage.store import running_store
-from fleetwire_shared.errors import NotFoundError
 
-from .options import Arguments, config_from, database_options
-
-T = TypeVar("T")
+from .database import write_database
+from .options import config_from, database_options
 
 _name = click.argument("name")
 _role = click.Choice([role.value for role in Role])
@@ -45,7 +37,7 @@ def add(name: str, role: str, *, password_stdin: bool, **arguments: str | None) 
     password_hash = hash_password(_read_password(from_stdin=password_stdin))
     new = User(name=name, role=Role(role), password_hash=password_hash, created_at=time.time())
     # The database may be made here: users can be there before the first start.
-    _write(arguments, partial(users.add_user, user=new), is_made=True)
+    write_database(config_from(arguments), partial(users.add_user, user=new), is_made=True)
     click.echo(f"user {name} added")
 
 
@@ -53,7 +45,7 @@ def add(name: str, role: str, *, password_stdin: bool, **arguments: str | None) 
 @database_options
 def list_(**arguments: str | None) -> None:
     """List all users with their roles."""
-    for each in _write(arguments, users.list_users):
+    for each in write_database(config_from(arguments), users.list_users):
         click.echo(f"{each.name}\t{each.role.value}")
 
 
@@ -62,7 +54,7 @@ def list_(**arguments: str | None) -> None:
 @database_options
 def remove(name: str, **arguments: str | None) -> None:
     """Remove a user and end their sessions."""
-    _write(arguments, partial(users.delete_user, name=name))
+    write_database(config_from(arguments), partial(users.delete_user, name=name))
     click.echo(f"user {name} removed")
 
 
@@ -73,7 +65,7 @@ def remove(name: str, **arguments: str | None) -> None:
 def passwd(name: str, *, password_stdin: bool, **arguments: str | None) -> None:
     """Set a user's password and end their sessions."""
     password_hash = hash_password(_read_password(from_stdin=password_stdin))
-    _write(arguments, partial(users.update_user, name=name, password_hash=password_hash))
+    write_database(config_from(arguments), partial(users.update_user, name=name, password_hash=password_hash))
     click.echo(f"password of {name} changed")
 
 
@@ -83,7 +75,7 @@ def passwd(name: str, *, password_stdin: bool, **arguments: str | None) -> None:
 @database_options
 def role(name: str, role: str, **arguments: str | None) -> None:
     """Set a user's role and end their sessions."""
-    _write(arguments, partial(users.update_user, name=name, role=Role(role)))
+    write_database(config_from(arguments), partial(users.update_user, name=name, role=Role(role)))
     click.echo(f"{name} is now {role}")
 
 
@@ -94,15 +86,3 @@ def _read_password(*, from_stdin: bool) -> str:
         raise click.UsageError("give the password on standard input, with --password-stdin")
     entered: str = click.prompt("Password", hide_input=True, confirmation_prompt=True)
     return entered
-
-
-def _write(arguments: Arguments, job: Callable[[Connection], T], *, is_made: bool = False) -> T:
-    url = config_from(arguments).database_url
-    if not is_made and not database_file(url).is_file():
-        raise NotFoundError(f"there is no database {database_file(url)}: name the server's directory with --data-dir")
-    return asyncio.run(_write_in_store(url, job))
-
-
-async def _write_in_store(url: str, job: Callable[[Connection], T]) -> T:
-    async with running_store(url) as store:
-        return await store.write(job)

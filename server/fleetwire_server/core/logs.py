@@ -45,6 +45,8 @@ class LogQuery:
     path: str | None = None
     priority: int | None = None
     grep: str | None = None
+    boot: str | None = None
+    kernel: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -357,4 +359,6 @@ def _follow_log(query: LogQuery, start: LogStart, channel_id: str) -> FollowLog:
         lines=start.lines,
         since=start.since,
         cursor=start.cursor,
+        boot=query.boot,
+        kernel=query.kernel,
     )

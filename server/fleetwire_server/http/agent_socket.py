@@ -8,7 +8,7 @@ from aiohttp import WSMsgType, web
 
 from fleetwire_server.core.sessions import AgentSession
 from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS
-from fleetwire_server.keys import CHANNELS, DISPATCH, INGEST, NOW, SESSIONS, STORE
+from fleetwire_server.keys import CHANNELS, DISPATCH, INGEST, NOW, REQUESTS, SESSIONS, STORE
 from fleetwire_server.storage import agents
 from fleetwire_server.storage.store import Connection
 from fleetwire_shared import __version__
@@ -36,7 +36,10 @@ from fleetwire_shared.messages import (
     Heartbeat,
     Hello,
     MetricsReport,
+    RequestFailed,
     ServerMessage,
+    Uninstalled,
+    UnitList,
     Welcome,
 )
 
@@ -196,6 +199,7 @@ class AgentConnection:
 
     async def _finish(self, session: AgentSession, ended: LinkEndedError) -> None:
         sessions = self._app[SESSIONS]
+        self._app[REQUESTS].end_session(session)
         if sessions.remove(session, said_goodbye=ended.code is None):
             logger.info("agent %s disconnected: %s", self._agent_id, ended.reason)
             self._app[INGEST].announce_agent(self._agent_id, sessions.status(self._agent_id, None))
@@ -242,6 +246,8 @@ class AgentConnection:
                     self._app[INGEST].receive_metrics(self._agent_id, message)
                 case ChannelRefused():
                     self._app[CHANNELS].refuse(self._agent_id, message)
+                case UnitList() | Uninstalled() | RequestFailed():
+                    self._app[REQUESTS].receive(self._agent_id, message)
                 case Hello():
                     raise LinkEndedError(CLOSE_BAD_FRAME, "hello is the first frame only")
                 case _:

@@ -1,12 +1,14 @@
 """Agents: list, detail, enrolment, labels, keys, deletion; and the report an agent may send over plain HTTP."""
 
 import asyncio
+import logging
 from functools import partial
 
 from aiohttp import web
 
 from fleetwire_server.core.metrics import report_document
 from fleetwire_server.core.tokens import hash_token, new_agent_key, new_key_for
+from fleetwire_server.deploy.install_script import build_install_command
 from fleetwire_server.http.agent_socket import CLOSE_KEY_REVOKED
 from fleetwire_server.http.bodies import (
     AgentAnswer,
@@ -14,18 +16,24 @@ from fleetwire_server.http.bodies import (
     AgentFilter,
     AgentPatch,
     AgentRequest,
+    DeletionAnswer,
+    DeletionQuery,
     EnrolAnswer,
     KeyRequest,
     ReportAnswer,
     ReportRequest,
-    StatusAnswer,
 )
 from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS, answer, parse_query, read_json
-from fleetwire_server.keys import CHANNELS, INGEST, METRICS, NOW, SESSIONS, STORE, STREAMS
+from fleetwire_server.keys import CHANNELS, CONFIG, INGEST, METRICS, NOW, REQUESTS, SESSIONS, STORE, STREAMS, TLS_PIN
 from fleetwire_server.model import Agent, AgentKey
 from fleetwire_server.storage import agents, commands
 from fleetwire_shared.errors import ForbiddenError, InvalidError, NotFoundError
-from fleetwire_shared.messages import MetricsReport
+from fleetwire_shared.messages import MetricsReport, Uninstall, Uninstalled
+
+logger = logging.getLogger(__name__)
+
+UNINSTALL_SECONDS = 60.0
+"""How long an agent may take to remove itself from its host."""
 
 
 async def require_agent(request: web.Request) -> Agent:
@@ -69,7 +77,7 @@ async def enrol_agent(request: web.Request) -> web.Response:
     agent_key = AgentKey(key_hash=hash_token(key), agent_id=agent_id, created_at=now, expires_at=None)
     await request.app[STORE].write(partial(agents.add_agent, agent=agent, key=agent_key))
     request.app[INGEST].announce_agent(agent_id, "pending")
-    return answer(EnrolAnswer(agent_id=agent_id, key=key), status=201)
+    return answer(_enrol_answer(request, agent_id, key), status=201)
 
 
 async def change_agent(request: web.Request) -> web.Response:
@@ -94,12 +102,22 @@ async def rotate_key(request: web.Request) -> web.Response:
     if session is not None:  # it was let in by an old key: with the new one the agent will have a link of its own
         close = partial(session.link.close, CLOSE_KEY_REVOKED, "the key was replaced")
         asyncio.get_running_loop().call_later(body.grace_seconds, close)
-    return answer(EnrolAnswer(agent_id=agent.id, key=key))
+    return answer(_enrol_answer(request, agent.id, key))
+
+
+def _enrol_answer(request: web.Request, agent_id: str, key: str) -> EnrolAnswer:
+    command = build_install_command(request.app[CONFIG].public_url, key, request.app[TLS_PIN])
+    return EnrolAnswer(agent_id=agent_id, key=key, install_command=command)
 
 
 async def delete_agent(request: web.Request) -> web.Response:
-    """Remove the agent and all its history; its key is void and its socket closed at once."""
+    """Remove the agent and all its history; its key is void and its socket closed at once.
+
+    With `uninstall` only when the agent has said that it is removed from its host; on any failure all stays."""
+    query = parse_query(request, DeletionQuery)
     agent_id = request.match_info["agent_id"]
+    if query.uninstall:
+        await _uninstall(request)
     if not await request.app[STORE].write(partial(agents.delete_agent, agent_id=agent_id)):
         raise NotFoundError(f"there is no agent {agent_id}; GET /api/agents lists those there are")
     session = request.app[SESSIONS].forget(agent_id)
@@ -109,7 +127,20 @@ async def delete_agent(request: web.Request) -> web.Response:
     await request.app[CHANNELS].close_agent(agent_id)
     request.app[METRICS].forget(agent_id)
     request.app[INGEST].announce_agent(agent_id, "deleted")
-    return answer(StatusAnswer(status="deleted"))
+    return answer(DeletionAnswer(status="deleted", uninstalled=query.uninstall))
+
+
+async def _uninstall(request: web.Request) -> None:
+    agent = await require_agent(request)
+    session = request.app[SESSIONS].require(agent.id)
+    logger.info("agent %s is asked to remove itself from its host", agent.id)
+    uninstalled = await request.app[REQUESTS].ask(
+        session,
+        lambda request_id: Uninstall(request_id=request_id, purge=True),
+        Uninstalled,
+        timeout_seconds=UNINSTALL_SECONDS,
+    )
+    logger.info("agent %s removed itself: %s", agent.id, ", ".join(uninstalled.removed))
 
 
 async def receive_report(request: web.Request) -> web.Response:

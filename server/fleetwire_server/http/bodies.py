@@ -23,12 +23,16 @@ TEXT = rf"^[^\x00-\x1f\x7f]*{END}"
 NO_NUL = rf"^[^\x00]*{END}"
 USERNAME = f"^{USERNAME_PATTERN}{END}"
 UNIT = rf"^[A-Za-z0-9:_.\\@-]+{END}"
+BOOT = rf"^(0|-[1-9][0-9]{{0,5}}|[0-9a-f]{{32}}){END}"
+UNIT_TYPE = rf"^[a-z]+{END}"
 
 PATTERN_WORDS = {
     TEXT: "without control characters",
     NO_NUL: "without NUL characters",
     USERNAME: "out of A-Z a-z 0-9 . _ @ - that begins with a letter or digit and has at most 64 characters",
     UNIT: "that is the name of a systemd unit",
+    BOOT: "that is 0 for the last boot, -1 for the one before it and so on, or the 32 hexadecimal digits of a boot id",
+    UNIT_TYPE: "that is a type of systemd's units, such as service",
 }
 """What each pattern asks for, in words for people."""
 Label = Annotated[str, Meta(min_length=1, max_length=100, pattern=TEXT, description="What people call the host.")]
@@ -95,6 +99,15 @@ class StatusAnswer(Struct, kw_only=True):
     status: str
 
 
+class DeletionQuery(Struct, kw_only=True):
+    uninstall: Annotated[bool, Meta(description="Remove the agent from its host first.")] = False
+
+
+class DeletionAnswer(Struct, kw_only=True, omit_defaults=True):
+    status: str
+    uninstalled: Annotated[bool, Meta(description="With `uninstall` only: the host said that it is removed.")] = False
+
+
 # ---------------------------------------------------------------- agents
 
 
@@ -138,6 +151,11 @@ class EnrolAnswer(Struct, kw_only=True):
 
     agent_id: str
     key: str
+    install_command: Annotated[str, Meta(description="Line to paste on the host; it holds the key.")]
+
+
+class InstallQuery(Struct, kw_only=True):
+    key: Annotated[str, Meta(description="The agent's key.")] | None = None
 
 
 class KeyRequest(Struct, kw_only=True):
@@ -263,6 +281,41 @@ class LogStreamQuery(Struct, kw_only=True):
     grep: (
         Annotated[str, Meta(min_length=1, max_length=1000, description="Only lines that contain this text.")] | None
     ) = None
+    boot: (
+        Annotated[
+            str,
+            Meta(
+                max_length=32,
+                pattern=BOOT,
+                description="`0` (the last boot), `-1` (the one before) and so on, or a boot id; journald.",
+            ),
+        ]
+        | None
+    ) = None
+    kernel: Annotated[bool, Meta(description="Only messages of the kernel; journald, not with `unit`.")] = False
+
+
+class UnitFilter(Struct, kw_only=True):
+    type: (
+        Annotated[str, Meta(max_length=32, pattern=UNIT_TYPE, description="`service`, `timer`, `socket` and so on.")]
+        | None
+    ) = None
+    q: Annotated[str, Meta(description="Text within name or description, in any case.")] | None = None
+
+
+class UnitAnswer(Struct, kw_only=True):
+    """The words are systemd's."""
+
+    name: str
+    load: Annotated[str, Meta(description="`not-loaded`: systemd has forgotten it, the journal has entries of it.")]
+    active: str
+    sub: str
+    description: str
+
+
+class UnitsAnswer(Struct, kw_only=True):
+    units: list[UnitAnswer]
+    truncated: Annotated[bool, Meta(description="The host has more units than an agent sends at once.")]
 
 
 class FileQuery(Struct, kw_only=True):

@@ -1,11 +1,12 @@
 """What was wrong with a body or a query and what would be right: the decoder's complaint and the type's schema."""
 
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from fleetwire_server.http.bodies import PATTERN_WORDS
+from fleetwire_shared.errors import InvalidError
 
 _AT = re.compile(r" - at `(?:key in )?\$\.?(?P<path>.*)`$")
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`")
@@ -20,6 +21,22 @@ _KINDS = {
     "array": "a list",
     "object": "an object",
 }
+
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+def check(document: object, kind: type[S], *, strict: bool = True) -> S:
+    """Return `document` as a `kind`.
+
+    Args:
+        strict: False takes text for numbers, as a query string has them.
+    Raises:
+        InvalidError: what is wrong with it, and what would be right."""
+    try:
+        return msgspec.convert(document, kind, strict=strict)
+    except msgspec.ValidationError as err:
+        raise InvalidError(explain(err, kind)) from err
 
 
 def explain(error: msgspec.ValidationError, kind: type[msgspec.Struct]) -> str:

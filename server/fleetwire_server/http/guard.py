@@ -22,7 +22,7 @@ def guarded(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
     async def handle(request: web.Request) -> web.StreamResponse:
         request[ROUTE] = route
         if route.policy is Policy.AGENT:
-            request[AGENT] = await request.app[ACCESS].agent_by_key(_agent_key(request))
+            request[AGENT] = await request.app[ACCESS].agent_by_key(read_agent_key(request, route))
         elif route.policy is not Policy.PUBLIC:
             request[USER] = await _user(request, route)
         return await route.handler(request)
@@ -30,8 +30,13 @@ def guarded(route: Route) -> Callable[[web.Request], Awaitable[web.StreamRespons
     return handle
 
 
-def _agent_key(request: web.Request) -> str:
+def read_agent_key(request: web.Request, route: Route) -> str:
+    """Return the key a request carries, unchecked. Raises UnauthorizedError where there is none."""
     key = request.headers.get("X-Agent-Key")
+    if key is None and route.is_key_in_query:
+        key = request.query.get("key")
+        if key is None:
+            raise UnauthorizedError("give the agent's key: ?key=KEY")
     if key is None:
         raise UnauthorizedError("send the agent's key in the header X-Agent-Key")
     return key

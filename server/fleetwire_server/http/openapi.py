@@ -18,6 +18,7 @@ _SECURITY: dict[Policy, list[dict[str, list[str]]]] = {
     Policy.OPERATOR: [{"bearer": []}],
     Policy.ADMIN: [{"bearer": []}],
 }
+_KEY_SECURITY: list[dict[str, list[str]]] = [{"agentKey": []}, {"agentKeyInQuery": []}]
 _STREAM_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"token": []}, {"ticket": []}]
 
 
@@ -41,6 +42,7 @@ def build_document(routes: Iterable[Route]) -> dict[str, Any]:
                 "token": {"type": "apiKey", "in": "query", "name": "token"},
                 "ticket": {"type": "apiKey", "in": "query", "name": "ticket"},
                 "agentKey": {"type": "apiKey", "in": "header", "name": "X-Agent-Key"},
+                "agentKeyInQuery": {"type": "apiKey", "in": "query", "name": "key"},
             },
         },
     }
@@ -52,7 +54,7 @@ def _operation(route: Route, by_kind: dict[str, Any], components: dict[str, Any]
         "summary": route.summary,
         "description": f"Role: {route.policy}.",
         "parameters": _parameters(route, components),
-        "security": _STREAM_SECURITY if route.is_stream else _SECURITY[route.policy],
+        "security": _security(route),
         "responses": _responses(route, by_kind),
     }
     if route.body is not None:
@@ -61,6 +63,12 @@ def _operation(route: Route, by_kind: dict[str, Any], components: dict[str, Any]
             "content": {route.body_media.value: {"schema": by_kind[str(route.body)]}},
         }
     return operation
+
+
+def _security(route: Route) -> list[dict[str, list[str]]]:
+    if route.is_stream:
+        return _STREAM_SECURITY
+    return _KEY_SECURITY if route.is_key_in_query else _SECURITY[route.policy]
 
 
 def _parameters(route: Route, components: dict[str, Any]) -> list[dict[str, Any]]:

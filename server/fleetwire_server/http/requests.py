@@ -8,7 +8,7 @@ from aiohttp import web
 
 from fleetwire_server.core.access import AgentCaller, UserCaller
 from fleetwire_server.http.bodies import to_json
-from fleetwire_server.http.explain import explain
+from fleetwire_server.http.explain import check, explain
 from fleetwire_shared.errors import InvalidError, PeerTimeoutError
 
 BODY_SECONDS = 30.0
@@ -41,10 +41,7 @@ def parse_query(request: web.Request, kind: type[S]) -> S:
     for name in set(query):
         if name in kind.__struct_encode_fields__ and len(query.getall(name)) > 1:
             raise InvalidError(f"{name} is given more than once; give it once")
-    try:
-        return msgspec.convert(dict(query), kind, strict=False)
-    except msgspec.ValidationError as err:
-        raise InvalidError(explain(err, kind)) from err
+    return check(dict(query), kind, strict=False)
 
 
 async def read_json(request: web.Request, kind: type[S], *, default: S | None = None) -> S:

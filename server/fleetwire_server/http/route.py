@@ -27,6 +27,7 @@ class Media(StrEnum):
     BYTES = "application/octet-stream"
     TEXT = "text/plain"
     HTML = "text/html"
+    SCRIPT = "text/x-shellscript"
     FORM = "multipart/form-data"
     WEBSOCKET = "websocket"
 
@@ -45,6 +46,7 @@ class Route:
     answer: object | None = None  # a type that msgspec knows
     answer_media: Media = Media.JSON
     status: int = 200
+    is_key_in_query: bool = False  # the agent's key may be in the URL, as `?key=`
 
     @property
     def is_stream(self) -> bool:

@@ -42,7 +42,15 @@ async def stream_logs(request: web.Request) -> web.StreamResponse:
     if cursor is not None and len(cursor) > MAX_CURSOR_CHARACTERS:
         raise InvalidError("Last-Event-ID must be the id of an event of this stream")
     agent = await require_agent(request)
-    log = LogQuery(source=query.source, unit=query.unit, path=query.path, priority=query.priority, grep=query.grep)
+    log = LogQuery(
+        source=query.source,
+        unit=query.unit,
+        path=query.path,
+        priority=query.priority,
+        grep=query.grep,
+        boot=query.boot,
+        kernel=query.kernel,
+    )
     start = LogStart(lines=query.lines, since=query.since, cursor=cursor)
     async with request.app[LOGS].view(agent.id, log, start) as viewer:
 
@@ -60,11 +68,14 @@ def _check(query: LogStreamQuery) -> None:
     if query.source == "file":
         if query.path is None:
             raise InvalidError("path: is missing; source=file needs the absolute path of a file")
-        misplaced = [name for name in ("unit", "since", "priority") if getattr(query, name) is not None]
+        misplaced = [name for name in ("unit", "since", "priority", "boot") if getattr(query, name) is not None]
+        misplaced += ["kernel"] if query.kernel else []
     else:
         misplaced = ["path"] if query.path is not None else []
     if misplaced:
         raise InvalidError(f"{', '.join(misplaced)}: cannot be used with source={query.source}")
+    if query.kernel and query.unit is not None:
+        raise InvalidError("unit: cannot be used with kernel=true; the kernel's messages belong to no unit")
 
 
 async def stream_events(request: web.Request) -> web.StreamResponse:

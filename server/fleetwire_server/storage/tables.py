@@ -132,3 +132,59 @@ METRICS_MINUTES = Table(
     Index(None, "minute"),
     sqlite_with_rowid=False,
 )
+
+DEPLOYMENTS = Table(
+    "deployments",
+    METADATA,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),  # order of creation, never used again
+    Column("id", Text, nullable=False, unique=True),
+    _required("status", Text),
+    _required("created_at", Float),
+    _required("created_by", Text),
+    Column("finished_at", Float),
+    Index(None, "status"),
+    sqlite_autoincrement=True,
+)
+
+DEPLOYMENT_HOSTS = Table(
+    "deployment_hosts",
+    METADATA,
+    Column("deployment_id", Text, ForeignKey("deployments.id", ondelete="CASCADE"), primary_key=True),
+    Column("position", Integer, primary_key=True),
+    _required("host", Text),
+    _required("port", Integer),
+    _required("ssh_user", Text),
+    _required("label", Text),
+    _required("profile", Text),
+    _required("status", Text),
+    Column("step", Text),
+    Column("reason", Text),
+    Column("detail", Text),
+    Column("agent_id", Text),  # no foreign key: how a deployment ended stays known when its agent is deleted
+    Column("host_key", Text),
+    Column("started_at", Float),
+    Column("finished_at", Float),
+)
+
+HOST_KEYS = Table(
+    "host_keys",
+    METADATA,
+    Column("host", Text, primary_key=True),
+    Column("port", Integer, primary_key=True),
+    _required("public_key", Text),
+    _required("fingerprint", Text),
+    _required("pinned_at", Float),
+    _required("pinned_by", Text),
+)
+
+AUDIT = Table(
+    "audit",
+    METADATA,
+    Column("sequence", Integer, primary_key=True, autoincrement=True),
+    _required("at", Float),
+    _required("actor", Text),  # no foreign key: what a removed user did stays known as theirs
+    _required("action", Text),
+    _required("subject", Text),
+    _required("detail", Text),  # JSON, object
+    sqlite_autoincrement=True,
+)

@@ -1,0 +1,64 @@
+"""The system user of the profile monitor: made and removed with whatever the distribution has for it."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from fleetwire_agent.install.failures import InstallError, Reason
+from fleetwire_agent.install.host import ADMIN_PATH, find_program, has_group, read_user
+from fleetwire_agent.install.layout import USER, USER_COMMENT
+
+
+def is_our_user() -> bool:
+    user = read_user(USER)
+    return user is not None and user.pw_gecos == USER_COMMENT
+
+
+def add_user() -> None:
+    """Make the user and its group. Raises InstallError."""
+    shell = next((path for path in ("/usr/sbin/nologin", "/sbin/nologin") if Path(path).exists()), "/bin/false")
+    if find_program("useradd"):
+        command = ["useradd", "--system", "--user-group", "--no-create-home", "--home-dir", "/nonexistent"]
+        _run([*command, "--shell", shell, "--comment", USER_COMMENT, USER])
+    elif find_program("adduser"):  # busybox
+        if not has_group(USER):
+            _run(["addgroup", "-S", USER])
+        _run(["adduser", "-S", "-D", "-H", "-h", "/nonexistent", "-s", shell, "-G", USER, "-g", USER_COMMENT, USER])
+    else:
+        raise InstallError(
+            "unsupported",
+            f"there is neither useradd nor adduser to make the user {USER}, which the profile monitor runs as",
+        )
+
+
+def remove_user() -> None:
+    """Remove the user and its group, if the installer made them. Raises InstallError."""
+    if is_our_user():
+        _run(["userdel", USER] if find_program("userdel") else ["deluser", USER])
+    if read_user(USER) is None and has_group(USER):
+        _run(["groupdel", USER] if find_program("groupdel") else ["delgroup", USER])
+
+
+def _run(command: Sequence[str]) -> None:
+    program = find_program(command[0])
+    if program is None:
+        raise InstallError("unsupported", f"there is no {command[0]} on this host")
+    try:
+        result = subprocess.run(  # noqa: S603 - a fixed program
+            [program, *command[1:]],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            check=False,
+            env={"PATH": ADMIN_PATH, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired as err:
+        raise InstallError(
+            "failed", f"{command[0]} did not end within 60 seconds; is the user database locked?"
+        ) from err
+    if result.returncode:
+        said = (result.stderr or result.stdout).strip()
+        reason: Reason = "disk_full" if "No space left" in said else "failed"
+        raise InstallError(reason, f"{' '.join(command[:1])} failed: {said or f'status {result.returncode}'}")

@@ -1,0 +1,39 @@
+"""Agent bundles of other versions, built as the real one is, from a changed copy of the tree."""
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from fleetwire_server.deploy.bundle import read_bundle
+
+ROOT = Path(__file__).resolve().parents[2]
+
+_NEEDED = ("agent", "shared", "scripts", "pyproject.toml", "LICENSE")
+
+
+def build_bundle(output: Path, *, version: str, break_file: str | None = None) -> str:
+    """Build a bundle whose agent says it is `version`; return the whole version, with its digest.
+
+    Args:
+        break_file: path in the bundle of a module that fails when it is imported."""
+    with tempfile.TemporaryDirectory() as name:
+        tree = Path(name)
+        for part in _NEEDED:
+            if (ROOT / part).is_dir():
+                shutil.copytree(ROOT / part, tree / part, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / part, tree / part)
+        if (ROOT / ".cache").exists():
+            (tree / ".cache").symlink_to(ROOT / ".cache")
+        package = tree / "shared/fleetwire_shared/__init__.py"
+        head, _, _ = package.read_text().partition("__version__ = ")
+        package.write_text(f'{head}__version__ = "{version}"\n')
+        if break_file is not None:
+            (path,) = tree.glob(f"*/{break_file}")
+            path.write_text(path.read_text() + '\nraise RuntimeError("broken on purpose")\n')
+        subprocess.run([tree / "scripts/build-agent", "--output", output], check=True, capture_output=True, timeout=120)
+    bundle = read_bundle(output)
+    assert bundle is not None
+    assert bundle.version.startswith(f"{version}-")
+    return bundle.version
