@@ -133,22 +133,22 @@ class Channels:
     async def _answer(self, message: OpenChannel) -> None:
         match message:
             case ReadFile():
-                await self._with(message, partial(FileReader, message), self._send_file)
+                await self._with(message, self._in_time(partial(FileReader, message)), self._send_file)
             case WriteFile() if self._profile == "monitor":
                 await self._refuse(message, ForbiddenError(MONITOR_WRITES_NOTHING))
             case WriteFile():
-                await self._with(message, partial(FileWriter, message), self._receive_file)
+                await self._with(message, self._in_time(partial(FileWriter, message)), self._receive_file)
             case FollowLog(source="file"):
-                await self._with(message, partial(FileFollower, message), self._follow_file)
+                await self._with(message, self._in_time(partial(FileFollower, message)), self._follow_file)
             case FollowLog():
-                await self._with(message, partial(self._open_journal, message), self._follow_journal)
+                await self._with(message, self._open_journal(message), self._follow_journal)
 
     async def _with(
-        self, message: OpenChannel, open_it: Callable[[], C], work: Callable[[ClientConnection, C], Awaitable[None]]
+        self, message: OpenChannel, opening: Awaitable[C], work: Callable[[ClientConnection, C], Awaitable[None]]
     ) -> None:
         """Open what is asked for or refuse; then dial and do the work. Its failure is the channel's last frame."""
         try:
-            subject = await self._open_in_thread(open_it)
+            subject = await opening
         except FleetwireError as err:
             await self._refuse(message, err)
             return
@@ -207,8 +207,11 @@ class Channels:
 
     # ------------------------------------------------------------ logs
 
-    def _open_journal(self, message: FollowLog) -> "_Unclosed":
-        return _Unclosed(JournalFollower(message, spawner=self._spawner, directory=self._journal_directory))
+    async def _open_journal(self, message: FollowLog) -> "_Unclosed":
+        make = partial(JournalFollower, message, spawner=self._spawner, directory=self._journal_directory)
+        unclosed = await self._in_time(lambda: _Unclosed(make()))
+        await unclosed.follower.find_boot()
+        return unclosed
 
     async def _follow_journal(self, connection: ClientConnection, journal: "_Unclosed") -> None:
         async def send(event: ChannelMessage) -> None:
@@ -235,7 +238,7 @@ class Channels:
     async def _in_thread(self, call: Callable[..., T], *arguments: object) -> T:
         return await asyncio.wrap_future(self._threads.submit(call, *arguments))
 
-    async def _open_in_thread(self, open_it: Callable[[], C]) -> C:
+    async def _in_time(self, open_it: Callable[[], C]) -> C:
         future = self._threads.submit(open_it)
         try:
             async with asyncio.timeout(OPEN_SECONDS):

@@ -55,7 +55,7 @@ class Start:
 
 
 class JournalctlEndedError(UnavailableError):
-    """journalctl ended. `has_complained`: with an error of its own, so that another attempt would only meet it again."""
+    """journalctl ended. `has_complained`: with an error of its own, which another attempt would only meet again."""
 
     def __init__(self, message: str, *, status: int) -> None:
         super().__init__(message)

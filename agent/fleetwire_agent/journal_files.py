@@ -35,7 +35,7 @@ def find_files(directory: str | None) -> list[Path]:
 
 
 def are_readable(paths: list[Path]) -> bool:
-    """Whether this process may read all of them: without, entries of others are missing, and that is as it should be."""
+    """Whether this process may read all of them; without, some entries are not for it, and their numbers missing."""
     return all(os.access(path, os.R_OK) for path in paths)
 
 

@@ -81,7 +81,7 @@ class StatusFile:
         temporary = self._directory / f".{STATUS_NAME}.{status.pid}"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(status)) + "\n")
             temporary.replace(self._directory / STATUS_NAME)
         except OSError as err:

@@ -142,7 +142,7 @@ def write(output: Path, content: bytes) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}.")
     try:
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
         Path(temporary).chmod(0o755)
         Path(temporary).replace(output)

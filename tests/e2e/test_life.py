@@ -1,4 +1,4 @@
-"""What happens to real hosts: reboots, power cuts, cut networks, full disks, wrong clocks. Nothing lost, nothing untrue."""
+"""What happens to real hosts: reboots, power cuts, cut networks, full disks, wrong clocks. Nothing is lost."""
 
 import asyncio
 import time
@@ -168,5 +168,5 @@ async def test_a_clock_that_is_an_hour_behind_changes_nothing(boot_host: BootHos
         assert (await anext(events)).data == "first"
         host.exec("echo second >>/var/log/app.log")
         assert (await anext(events)).data == "second"
-    history = await e2e_api.get(f"{path}/metrics", **{"from": time.time() - 120})
+    history = await e2e_api.call("GET", f"{path}/metrics", params={"from": time.time() - 120})
     assert history["points"]

@@ -148,7 +148,7 @@ def replace_file(path: Path, content: bytes, mode: int) -> None:
     temporary.unlink(missing_ok=True)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-        with open(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             os.fchown(file.fileno(), 0, 0)
             os.fchmod(file.fileno(), mode)

@@ -354,7 +354,7 @@ def wait_until_connected(plan: Plan, report: Report, *, seconds: float) -> Statu
             if status.detail in (KEY_NOT_ACCEPTED, KEY_REVOKED):
                 raise InstallError(
                     "key_refused",
-                    f"{status.detail}: it was changed, or the agent deleted; fetch the install line anew from the server",
+                    f"{status.detail}: it was changed, or the agent deleted; fetch a new install line from the server",
                 )
         if time.monotonic() >= next_death_at:
             next_death_at = time.monotonic() + DEATH_POLL_SECONDS

@@ -32,7 +32,8 @@ from fleetwire_agent.install.texts import build_init_script, build_unit
 
 _CALL_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 20.0
-_LAST_LINES: Final = 8
+_LAST_LINES: Final = 5
+_JOURNAL_SECONDS: Final = 0.3  # until journald has written what was said last
 
 
 class Service(Protocol):
@@ -104,6 +105,11 @@ def call(*command: str, may_fail: bool = False) -> None:
         raise InstallError("failed", f"{' '.join(command)} failed: {said or f'status {result.returncode}'}")
 
 
+def condense(lines: Sequence[str]) -> str:
+    """Return the last lines of a log in one; of a traceback its head and its end."""
+    return " | ".join([line for line in lines if line.strip() and not line[0].isspace()][-_LAST_LINES:])
+
+
 def _remove_files(paths: Sequence[Path]) -> list[str]:
     removed = []
     for path in paths:
@@ -173,8 +179,9 @@ class Systemd:
 
     def _last_words(self) -> str:
         since = f"@{int(self._started_at)}"
-        lines = ("journalctl", "-u", UNIT_NAME, "--since", since, "--no-pager", "-q", "-o", "cat", "-n", "12")
-        return " | ".join(line for line in run_quietly(lines).splitlines()[-_LAST_LINES:] if line.strip())
+        lines = ("journalctl", "-u", UNIT_NAME, "--since", since, "--no-pager", "-q", "-o", "cat", "-n", "40")
+        time.sleep(_JOURNAL_SECONDS)
+        return condense(run_quietly(lines).splitlines())
 
     def forget(self, *, is_leaving: bool) -> list[str]:
         del is_leaving
@@ -203,7 +210,7 @@ class _Supervised:
         """The supervisor says in the log when the agent ended."""
         lines = self._log_lines()
         if any("the agent ended with" in line for line in lines) or not self._is_supervised():
-            return " | ".join(lines[-_LAST_LINES:]) or "its supervisor ended"
+            return condense(lines) or "its supervisor ended"
         return None
 
     def _log_lines(self) -> list[str]:

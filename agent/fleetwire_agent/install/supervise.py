@@ -89,7 +89,9 @@ class Log:
     def write(self, content: bytes) -> None:
         try:
             if self._file is None:
-                self._file = open(os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640), "ab", buffering=0)
+                self._file = os.fdopen(
+                    os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640), "ab", buffering=0
+                )
             if self._file.tell() + len(content) > self._max_bytes:
                 self._path.replace(self._path.with_name(f"{self._path.name}.1"))
                 self._file.close()
@@ -194,7 +196,7 @@ def _hand_credentials(user: int, group: int) -> Mapping[str, str]:
     CREDENTIALS.mkdir(mode=0o700)
     for name, source in (("agent-key", KEY), ("agent.toml", SETTINGS)):
         path = CREDENTIALS / name
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "wb") as file:
             file.write(source.read_bytes())
             os.fchown(file.fileno(), user, group)
     CREDENTIALS.chmod(0o500)

@@ -13,7 +13,7 @@ from fleetwire_shared.messages import RequestFailed, ServerMessage, Uninstalled,
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_PER_AGENT = 16
-"""Questions to one agent that wait for their answer; more are refused as unavailable. An agent takes no more at once."""
+"""Questions to one agent that wait for an answer; more are refused as unavailable. An agent takes no more at once."""
 
 Answer: TypeAlias = UnitList | Uninstalled
 A = TypeVar("A", bound=Answer)

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from fleetwire_server.deploy.errors import DeployError, deploy_error
 from fleetwire_server.deploy.facts import HostFacts, PythonFact
@@ -147,6 +148,25 @@ def _choose_python(facts: HostFacts) -> str:
 
 def _version(python: PythonFact) -> str:
     return ".".join(map(str, python.version))
+
+
+def check_route(server_url: str, *, is_same_machine: bool) -> None:
+    """Raise DeployError where the host cannot possibly reach the server under that URL."""
+    name = urlsplit(server_url).hostname or ""
+    if not is_same_machine and (name == "localhost" or name.startswith("127.") or name == "::1"):
+        raise deploy_error(
+            CHECK,
+            "no_route",
+            f"the server's public URL is {server_url}, which on the host means the host itself: {_PUBLIC_URL}",
+        )
+
+
+def route_advice(server_url: str) -> str:
+    """Return what to do when the agent on the host does not get through to the server."""
+    return f"hosts dial {server_url}: see that it is right and that no firewall stands between; if not, {_PUBLIC_URL}"
+
+
+_PUBLIC_URL = "start the server with --public-url and a URL under which hosts reach it"
 
 
 def _check_space(facts: HostFacts) -> None:

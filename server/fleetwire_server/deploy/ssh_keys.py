@@ -2,6 +2,7 @@
 
 import os
 import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import asyncssh
@@ -41,10 +42,12 @@ def _read_regular(path: Path, given: str) -> bytes:
     try:
         # The last part is no link (it is resolved), and a FIFO must not hold this thread.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise _refused(given, "is not a regular file")
-            content = file.read(MAX_KEY_BYTES + 1)
+            content = os.read(descriptor, MAX_KEY_BYTES + 1)
+        finally:
+            os.close(descriptor)
     except OSError as err:
         raise _refused(given, f"cannot be read by the server: {err.strerror}") from err
     if len(content) > MAX_KEY_BYTES:
@@ -106,35 +109,30 @@ def parse_expected_key(text: str) -> PublicKey:
         ) from err
 
 
+@dataclass(slots=True)
 class KnownHosts:
     """The entries of a known_hosts file that are for one server."""
 
-    def __init__(
-        self, listed: list[asyncssh.SSHKey], authorities: list[asyncssh.SSHKey], revoked: list[asyncssh.SSHKey]
-    ):
-        self.listed = listed
-        self.authorities = authorities
-        self.revoked = revoked
+    listed: list[asyncssh.SSHKey] = field(default_factory=list)
+    authorities: list[asyncssh.SSHKey] = field(default_factory=list)  # whose host certificates are accepted
+    revoked: list[asyncssh.SSHKey] = field(default_factory=list)
 
 
-def read_known_hosts(path: Path, host: str, address: str, port: int) -> KnownHosts:
+def read_known_hosts(path: Path, host: str, port: int) -> KnownHosts:
     """Return what the file says of a server; nothing where there is no file. Hashed names are found too.
 
     A port of its own has entries of its own: those of port 22 say nothing about another SSH server on that host.
 
     Raises:
         DeployError: the file is there and cannot be read or understood: going on might accept a key it refuses."""
-    found = KnownHosts([], [], [])
     try:
         entries = asyncssh.import_known_hosts(path.read_text(encoding="utf-8", errors="replace"))
     except FileNotFoundError:
-        return found
+        return KnownHosts()
     except (OSError, ValueError) as err:
         reason = err.strerror if isinstance(err, OSError) else err
-        raise deploy_error("host_key", "host_key_unknown", f"known_hosts {path} cannot be used: {reason}") from err
-    for name in dict.fromkeys((host, address)):
-        listed, authorities, revoked, *_ = entries.match(name if port == 22 else f"[{name}]:{port}", "", None)
-        found.listed += listed
-        found.authorities += authorities
-        found.revoked += revoked
-    return found
+        raise deploy_error(
+            "host_key", "host_key_unknown", f"this server's known_hosts {path} cannot be used: {reason}"
+        ) from err
+    listed, authorities, revoked, *_ = entries.match(host if port == 22 else f"[{host}]:{port}", "", None)
+    return KnownHosts(list(listed), list(authorities), list(revoked))

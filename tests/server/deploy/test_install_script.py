@@ -36,10 +36,10 @@ def render(directory: Path, *, server_url: str = "https://fleet.example.org", tl
     return script
 
 
-def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(argument) for argument in arguments], capture_output=True, text=True, timeout=60, check=False, **options
-    )  # type: ignore[call-overload,no-any-return]
+        [str(argument) for argument in arguments], capture_output=True, text=True, timeout=60, check=False, env=env
+    )
 
 
 @pytest.mark.parametrize("dialect", ["sh", "bash"])
