@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from fleetwire_agent.journal_entries import CURSOR_PATTERN, OUTPUT_FIELDS, JournalEntry, Place, read_entry, read_place
-from fleetwire_agent.journal_files import SYSTEM_JOURNALS, are_readable, find_files, holds
+from fleetwire_agent.journal_files import SYSTEM_JOURNALS, are_readable, find_files, find_own_machine, holds
 from fleetwire_agent.lines import LineSplitter, build_frames
 from fleetwire_agent.processes import Process, Spawner
 from fleetwire_shared.errors import InvalidError, NotFoundError, UnavailableError
@@ -80,12 +80,13 @@ class JournalFollower:
         self._request = request
         self._spawner = spawner
         self._directory = directory
+        self._machine_id = find_own_machine(directory)
         self._boot_id: str | None = None
         # Only who is shown every entry can tell from their numbers that one is missing.
         is_filtered = request.unit is not None or request.priority is not None or request.kernel
         self._sees_all = not is_filtered and request.boot is None and are_readable(files)
         self._last: Place | None = None  # of the entry that journalctl showed last, wanted or not
-        self._is_unplaced = False  # an entry after it had a cursor that could not be read
+        self._unplaced = 0  # how many were shown since whose cursor could not be read, as they are too large
         self._neighbours: set[tuple[str, str]] = set()  # series that change over without anything between
         self._is_held_up = False
         self._is_removal_told = False
@@ -205,7 +206,11 @@ class JournalFollower:
         position = () if start.place is None else (f"--cursor={start.place.cursor}",)
         splitter = LineSplitter(0, limit_bytes=MAX_ENTRY_BYTES)
         is_first = start.place is not None
-        async with self._journalctl("--follow", "--lines=all", *position, *arguments) as process:
+        # --follow shows the present boot only, unless it is told to --merge: what is left to read of an earlier boot
+        # would be missing without a word.
+        machine = () if self._machine_id is None else (f"_MACHINE_ID={self._machine_id}",)
+        flags = ("--follow", "--merge", "--lines=all")
+        async with self._journalctl(*flags, *position, *arguments, *machine) as process:
             asked_at = loop.time()
             while piece := await process.stdout.read():
                 got_at = loop.time()
@@ -246,7 +251,7 @@ class JournalFollower:
             if place is not None and last is not None:
                 if place.series == last.series and place.number <= last.number:
                     continue  # shown before: a file that is renamed while it is read
-                if self._sees_all and place.number != last.number + 1 and not self._is_unplaced:
+                if self._sees_all and place.number != last.number + 1 + self._unplaced:
                     await _send_lines(lines, send)
                     lines = []
                     await self._bridge(last, place, send)
@@ -257,7 +262,7 @@ class JournalFollower:
         self, entry: JournalEntry, lines: list[tuple[str, str]], send: SendEvent
     ) -> list[tuple[str, str]]:
         """Return the lines that wait to be sent, after this entry."""
-        self._is_unplaced = entry.place is None
+        self._unplaced = 0 if entry.place is not None else self._unplaced + 1
         self._last = entry.place or self._last
         if entry.text is None or entry.place is None:
             await _send_lines(lines, send)

@@ -46,7 +46,7 @@ def read_place(cursor: str) -> Place | None:
 def read_entry(line: RawLine) -> JournalEntry:
     """Return the entry of one line of `journalctl -o json`."""
     if line.full_bytes > len(line.kept):
-        found = _CURSOR_IN_JSON.search(line.kept, 0, 4096)
+        found = _CURSOR_IN_JSON.search(line.kept)  # fields come in no order
         return JournalEntry(read_place(found[1].decode()) if found else None, None, line.full_bytes)
     fields: dict[str, Any] = json.loads(line.kept.decode(errors="replace"))
     return JournalEntry(read_place(fields["__CURSOR"]), format_entry(fields), line.full_bytes)

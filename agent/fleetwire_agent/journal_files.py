@@ -34,6 +34,19 @@ def find_files(directory: str | None) -> list[Path]:
     return [path for place in places for pattern in _PATTERNS for path in place.glob(pattern)]
 
 
+def find_own_machine(directory: str | None) -> str | None:
+    """Return the id of this machine when other machines' journals lie beside its own (collected from them, or left by
+    the image it was cloned from); None when all there is to read is its own, or chosen by `directory`."""
+    if directory is not None:
+        return None
+    try:
+        own = Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return None
+    names = {path.name.partition(".")[0] for place in SYSTEM_JOURNALS for path in place.glob("*/") if path.is_dir()}
+    return own if names - {own} else None  # after a dot: the namespace of a service, which journalctl leaves out
+
+
 def are_readable(paths: list[Path]) -> bool:
     """Whether this process may read all of them; without, some entries are not for it, and their numbers missing."""
     return all(os.access(path, os.R_OK) for path in paths)

@@ -7,6 +7,7 @@ import secrets
 import signal
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 from fleetwire_agent.channels import Channels
@@ -16,10 +17,13 @@ from fleetwire_agent.config import AgentConfig
 from fleetwire_agent.host import read_host_facts
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.processes import Spawner
+from fleetwire_agent.requests import Requests
 from fleetwire_agent.session import Dialer, Outbox, Session
 from fleetwire_agent.status import StatusFile
+from fleetwire_agent.units import fit_units, read_units
 from fleetwire_agent.version import read_version
 from fleetwire_shared.limits import METRICS_SECONDS
+from fleetwire_shared.messages import Unit
 
 FLUSH_SECONDS: Final = 0.8
 """How long the end waits for the server to store the last results."""
@@ -54,6 +58,13 @@ async def run_agent(config: AgentConfig) -> None:
             journal_directory=config.journal_directory,
             profile=config.profile,
         )
+        removal = Removal(config, spawner, commands, stop)
+        requests = Requests(
+            answers=outbox,
+            list_units=partial(list_units, spawner, config.journal_directory),
+            remove_agent=removal.remove,
+            leave=removal.leave,
+        )
         session = Session(
             dial=dialer.control,
             instance_id=secrets.token_hex(16),
@@ -62,11 +73,18 @@ async def run_agent(config: AgentConfig) -> None:
             ledger=ledger,
             commands=commands,
             open_channel=channels.open,
+            open_request=requests.open,
             on_status=status.note,
             agent_version=version,
         )
         async with asyncio.TaskGroup() as group:
-            loops = (commands.serve(), channels.serve(), session.run(), report_metrics(session, outbox))
+            loops = (
+                commands.serve(),
+                channels.serve(),
+                requests.serve(),
+                session.run(),
+                report_metrics(session, outbox),
+            )
             tasks = [group.create_task(loop) for loop in loops]
             try:
                 await stop.wait()
@@ -76,6 +94,40 @@ async def run_agent(config: AgentConfig) -> None:
             await _flush(ledger, outbox)
             for task in tasks:
                 task.cancel()
+
+
+async def list_units(spawner: Spawner, journal_directory: str | None) -> tuple[tuple[Unit, ...], bool]:
+    """Return the host's units as they fit into one frame, and whether some were left out."""
+    return fit_units(await read_units(spawner, journal_directory))
+
+
+class Removal:
+    """Takes this agent off its host while it runs."""
+
+    def __init__(self, config: AgentConfig, spawner: Spawner, commands: Commands, stop: asyncio.Event) -> None:
+        self._profile = config.profile
+        self._spawner = spawner
+        self._commands = commands
+        self._stop = stop
+
+    async def remove(self, purge: bool) -> tuple[str, ...]:
+        """Remove all but this process and end the commands; return the paths. A failure leaves the commands alone."""
+        from fleetwire_agent.install import uninstall  # here: needed once in an agent's life, if ever
+
+        with self._spawner.sharing_children():
+            removed = await asyncio.to_thread(uninstall.remove_running_agent, profile=self._profile, purge=purge)
+        await self._commands.stop()
+        return removed
+
+    async def leave(self) -> None:
+        """Have the service manager stop this agent, and stop."""
+        from fleetwire_agent.install import uninstall
+
+        try:
+            with self._spawner.sharing_children():
+                await asyncio.to_thread(uninstall.leave)
+        finally:
+            self._stop.set()
 
 
 async def report_metrics(session: Session, outbox: Outbox) -> None:

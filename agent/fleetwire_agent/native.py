@@ -85,7 +85,7 @@ class _InMemoryLoader(ExtensionFileLoader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         descriptor = os.memfd_create(NATIVE_FILE)
         try:
-            with open(descriptor, "wb", closefd=False) as file:
+            with os.fdopen(descriptor, "wb", closefd=False) as file:
                 file.write(self._content)
             in_memory = ModuleSpec(spec.name, self, origin=f"/proc/self/fd/{descriptor}")
             return super().create_module(in_memory)

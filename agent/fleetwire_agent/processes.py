@@ -12,8 +12,8 @@ import subprocess
 import termios
 import time
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -127,11 +127,13 @@ class Process:
 class Spawner:
     """Starts children and reaps all of the agent's, adopted orphans included. One per process, in the main thread.
 
-    Use as a context manager around everything that spawns. Nothing else in the process may wait for children."""
+    Use as a context manager around everything that spawns. Nothing else in the process may wait for children, but
+    within `sharing_children`."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._environment = dict(environment)
         self._processes: dict[int, Process] = {}
+        self._sharers = 0
 
     def __enter__(self) -> Self:
         _set_child_subreaper(is_on=True)
@@ -186,8 +188,22 @@ class Spawner:
         self._processes[process.pid] = process
         return process
 
+    @contextmanager
+    def sharing_children(self) -> Iterator[None]:
+        """Let a thread start children by other means and wait for them: only those spawned here are collected while
+        the block runs, and adopted orphans afterwards."""
+        self._sharers += 1
+        try:
+            yield
+        finally:
+            self._sharers -= 1
+            self._reap()
+
     def _reap(self) -> None:
         """Collect every child that ended. One SIGCHLD may stand for several."""
+        if self._sharers:
+            self._reap_own()
+            return
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -197,6 +213,13 @@ class Spawner:
                 return
             if process := self._processes.pop(pid, None):
                 process.note_exit(os.waitstatus_to_exitcode(status))
+
+    def _reap_own(self) -> None:
+        for pid in list(self._processes):
+            with suppress(ChildProcessError):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    self._processes.pop(pid).note_exit(os.waitstatus_to_exitcode(status))
 
 
 def _set_child_subreaper(*, is_on: bool) -> None:

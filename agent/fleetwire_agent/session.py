@@ -41,10 +41,12 @@ from fleetwire_shared.messages import (
     Heartbeat,
     Hello,
     HostFacts,
+    ListUnits,
     MetricsReport,
     OutputStored,
     ReadFile,
     ServerMessage,
+    Uninstall,
     Welcome,
     WriteFile,
 )
@@ -196,6 +198,8 @@ class Outbox:
         self._has_message = asyncio.Event()
         self._has_room = asyncio.Event()
         self._has_room.set()
+        self._is_written = asyncio.Event()  # nothing waits and nothing is being written
+        self._is_writing = False
 
     @property
     def is_open(self) -> bool:
@@ -204,6 +208,7 @@ class Outbox:
     def open(self) -> None:
         self._messages.clear()
         self._is_open = True
+        self._is_writing = False
         self._update()
 
     def close(self) -> None:
@@ -224,9 +229,18 @@ class Outbox:
         self._report = report
         self._update()
 
+    async def flush(self) -> bool:
+        """Wait until the writer has written all that was sent; False when the link was lost before."""
+        await self._is_written.wait()
+        return self._is_open
+
     async def take(self) -> AgentMessage:
-        """Return the next message. A report goes first: it is small, and output may keep the queue full."""
+        """Return the next message; the one before has been written then. A report goes first: it is small, and output
+        may keep the queue full."""
+        self._is_writing = False
+        self._update()
         await self._has_message.wait()
+        self._is_writing = True
         message: AgentMessage
         if self._report:
             message, self._report = self._report, None
@@ -237,6 +251,7 @@ class Outbox:
 
     def _update(self) -> None:
         _set_if(self._has_message, bool(self._messages or self._report))
+        _set_if(self._is_written, not self._is_open or not (self._messages or self._is_writing))
         _set_if(self._has_room, not self._is_open or len(self._messages) < _OUTBOX_MESSAGES)
 
 
@@ -273,6 +288,7 @@ class Session:
         ledger: Ledger,
         commands: Commands,
         open_channel: Callable[[ReadFile | WriteFile | FollowLog], None],
+        open_request: Callable[[ListUnits | Uninstall], None],
         on_status: OnStatus = ignore_status,
         agent_version: str | None = None,
         jitter: Callable[[], float] = random.random,
@@ -286,6 +302,7 @@ class Session:
         self._ledger = ledger
         self._commands = commands
         self._open_channel = open_channel
+        self._open_request = open_request
         self._on_status = on_status
         self._agent_version = agent_version or read_version()
         self._jitter = jitter
@@ -414,6 +431,8 @@ class Session:
                 self._ledger.note_stored(message.command_id)
             case ReadFile() | WriteFile() | FollowLog():
                 self._open_channel(message)
+            case ListUnits() | Uninstall():
+                self._open_request(message)
             case Welcome():
                 raise ProtocolError("type", "welcome is only the first frame")
             case _:  # a heartbeat has done its work by arriving

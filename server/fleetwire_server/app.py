@@ -11,6 +11,7 @@ from fleetwire_server.config import ServerConfig
 from fleetwire_server.core.access import Access
 from fleetwire_server.core.channels import Channels
 from fleetwire_server.core.clock import Clock
+from fleetwire_server.core.deployments import Deployments
 from fleetwire_server.core.dispatch import Dispatch
 from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.ingest import Ingest
@@ -23,6 +24,8 @@ from fleetwire_server.core.telemetry import Telemetry
 from fleetwire_server.core.throttle import LoginThrottle
 from fleetwire_server.core.tokens import new_channel_id, new_request_id
 from fleetwire_server.deploy.bundle import read_bundle
+from fleetwire_server.deploy.order import Terms, build_terms
+from fleetwire_server.http.agents import remove_agent
 from fleetwire_server.http.connections import CONNECTIONS, ConnectionGuard
 from fleetwire_server.http.middleware import errors_to_problems, identify, note_answer, secure_headers
 from fleetwire_server.http.routes import add_routes
@@ -31,6 +34,7 @@ from fleetwire_server.keys import (
     BUNDLE,
     CHANNELS,
     CONFIG,
+    DEPLOYMENTS,
     DISPATCH,
     FANOUT,
     INGEST,
@@ -85,13 +89,35 @@ async def _open_storage(app: web.Application) -> AsyncIterator[None]:
         app[ACCESS] = Access(store=store, streams=app[STREAMS], now=now)
         app[INGEST] = Ingest(store=store, sessions=app[SESSIONS], metrics=app[METRICS], fanout=app[FANOUT], now=now)
         app[DISPATCH] = Dispatch(store=store, sessions=app[SESSIONS], fanout=app[FANOUT], now=now)
+        app[DEPLOYMENTS] = Deployments(
+            store=store,
+            sessions=app[SESSIONS],
+            fanout=app[FANOUT],
+            make_terms=partial(_make_terms, app),
+            drop_agent=partial(remove_agent, app),
+            announce=app[INGEST].announce_agent,
+            now=now,
+        )
         yield
         with suppress(UnavailableError):  # a full disk must not keep the server from stopping
             await app[INGEST].flush(before=float("inf"))
 
 
+def _make_terms(app: web.Application) -> Terms:
+    config = app[CONFIG]
+    return build_terms(
+        bundle=app[BUNDLE],
+        public_url=config.public_url,
+        tls_pin=app[TLS_PIN],
+        key_directory=config.ssh_key_dir,
+        known_hosts=config.ssh_known_hosts,
+        host_key_rule=config.deploy_host_keys,
+    )
+
+
 async def _wake_streams_and_close_sockets(app: web.Application) -> None:
     app[STREAMS].end_all("the server is stopping")
+    await app[DEPLOYMENTS].stop()  # while agents are connected and the database is written
     for session in app[SESSIONS].all():
         session.link.close(1012, "the server is restarting")
 

@@ -3,6 +3,7 @@
 A setting given as an argument wins over its environment variable, that over the file, that over the default."""
 
 import ipaddress
+import os
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from .storage.engines import parse_database_url
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
+HostKeyRule: TypeAlias = Literal["accept-new", "pinned"]
 LogFormat: TypeAlias = Literal["text", "json"]
 
 
@@ -35,6 +37,9 @@ class ServerConfig:
     tls_key: Path | None
     tls_pin: str  # auto, off, or pins in curl's syntax
     agent_bundle: Path | None  # None: the one that came with the server
+    ssh_key_dir: Path
+    ssh_known_hosts: Path
+    deploy_host_keys: HostKeyRule
     session_hours: float
     login_failures_per_minute: int
     max_connections_per_address: int
@@ -171,6 +176,11 @@ def _parse_path(name: str, value: Any) -> Path:
     return Path(_parse_text(name, value)).expanduser().absolute()
 
 
+def _parse_home_path(name: str, value: Any) -> Path:
+    """As _parse_path, and a user without a home is no error: there is then no such file."""
+    return Path(os.path.expanduser(_parse_text(name, value))).absolute()  # noqa: PTH111
+
+
 def _parse_database(name: str, value: Any) -> str:
     try:
         return str(make_url(parse_database_url(_parse_text(name, value))).render_as_string(hide_password=False))
@@ -284,6 +294,25 @@ SETTINGS = (
         default=None,
         help="File of the agent that hosts are given. Default: the one that came with the server.",
         parse=_parse_path,
+    ),
+    Setting(
+        name="ssh_key_dir",
+        default="~/.ssh",
+        help="Directory of the private keys that deployments over SSH may log in with.",
+        parse=_parse_home_path,
+    ),
+    Setting(
+        name="ssh_known_hosts",
+        default="~/.ssh/known_hosts",
+        help="File of SSH host keys that deployments trust, in OpenSSH's format. It need not be there.",
+        parse=_parse_home_path,
+    ),
+    Setting(
+        name="deploy_host_keys",
+        default="accept-new",
+        help="accept-new: a host never seen before is believed, and must show the same key from then on. pinned: its"
+        " key must be known beforehand. A key that differs from the known one is refused either way.",
+        parse=_one_of(*get_args(HostKeyRule)),
     ),
     Setting(
         name="session_hours",

@@ -6,6 +6,7 @@ from fleetwire_server.config import ServerConfig
 from fleetwire_server.core.access import Access
 from fleetwire_server.core.channels import Channels
 from fleetwire_server.core.clock import Clock
+from fleetwire_server.core.deployments import Deployments
 from fleetwire_server.core.dispatch import Dispatch
 from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.ingest import Ingest
@@ -26,6 +27,7 @@ BUNDLE: web.AppKey[Bundle | None] = web.AppKey("bundle")
 TLS_PIN: web.AppKey[str | None] = web.AppKey("tls_pin")
 ACCESS = web.AppKey("access", Access)
 CHANNELS = web.AppKey("channels", Channels)
+DEPLOYMENTS = web.AppKey("deployments", Deployments)
 DISPATCH = web.AppKey("dispatch", Dispatch)
 FANOUT = web.AppKey("fanout", Fanout)
 INGEST = web.AppKey("ingest", Ingest)

@@ -35,6 +35,7 @@ def configure_logging(config: ServerConfig) -> None:
     root.setLevel(config.log_level.upper())
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("aiosqlite").setLevel(logging.WARNING)  # below that it logs every value of every query
+    logging.getLogger("asyncssh").setLevel(logging.WARNING)  # below that several lines for each command
     aiohttp_logger = logging.getLogger("aiohttp.server")
     aiohttp_logger.setLevel(logging.ERROR)
     aiohttp_logger.addFilter(_leave_out_request)

@@ -15,7 +15,7 @@ from fleetwire_server.config import ServerConfig
 from fleetwire_server.core.passwords import hash_password, random_password
 from fleetwire_server.core.retention import run_retention
 from fleetwire_server.http.connections import CONNECTIONS, KEEP_ALIVE_SECONDS
-from fleetwire_server.keys import ACCESS, CONFIG, DISPATCH, INGEST, LOGS, NOW, STORE
+from fleetwire_server.keys import ACCESS, CONFIG, DEPLOYMENTS, DISPATCH, INGEST, LOGS, NOW, STORE
 from fleetwire_server.logs import configure_logging
 from fleetwire_server.model import Role, User
 from fleetwire_server.storage import users
@@ -77,6 +77,7 @@ def _loops(app: web.Application) -> list[Coroutine[Any, Any, None]]:
         app[DISPATCH].run_expiry(),
         app[INGEST].run_flush(),
         app[LOGS].run(),
+        app[DEPLOYMENTS].run(),
         app[ACCESS].run_sweep(),
         run_retention(
             app[STORE],

@@ -15,6 +15,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.asyncio.server import ServerConnection, serve
 
 from fleetwire_agent.channels import MAX_CHANNELS, Channels
+from fleetwire_agent.config import Profile
 from fleetwire_agent.processes import Spawner
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.limits import CHUNK_BYTES
@@ -61,7 +62,7 @@ class Host:
 
 
 @asynccontextmanager
-async def run_host(journal_directory: Path | None = None) -> AsyncIterator[Host]:
+async def run_host(journal_directory: Path | None = None, profile: Profile = "manage") -> AsyncIterator[Host]:
     refusals: asyncio.Queue[AgentMessage] = asyncio.Queue()
     sockets: asyncio.Queue[ServerConnection] = asyncio.Queue()
     done = asyncio.Event()
@@ -84,6 +85,7 @@ async def run_host(journal_directory: Path | None = None) -> AsyncIterator[Host]
                 send=refusals.put,
                 spawn=spawner,
                 journal_directory=None if journal_directory is None else str(journal_directory),
+                profile=profile,
             )
             host = Host(channels, refusals, sockets)
             async with asyncio.TaskGroup() as group:
@@ -243,6 +245,19 @@ async def test_a_file_is_received_and_put_in_place(host: Host, tmp_path: Path) -
     assert path.read_bytes() == content
     await connection.close()
     await expect_no_descriptor_in(tmp_path)
+
+
+async def test_the_profile_monitor_takes_no_file(tmp_path: Path) -> None:
+    async with run_host(profile="monitor") as host:
+        host.channels.open(WriteFile(channel_id="c", path=str(tmp_path / "new")))
+        refusal = await host.refusal()
+        assert (refusal.code, "profile monitor" in refusal.message) == ("forbidden", True)
+        (tmp_path / "file").write_bytes(b"read")
+        connection = await host.open(ReadFile(channel_id="d", path=str(tmp_path / "file")))
+        assert isinstance(await receive(connection), FileOpened)
+        assert (await receive_file(connection))[0] == b"read"
+        await connection.close()
+    assert not (tmp_path / "new").exists()
 
 
 async def test_an_empty_file_is_received(host: Host, tmp_path: Path) -> None:

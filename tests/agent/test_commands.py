@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fleetwire_agent.commands import Commands, split_incomplete_character
+from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Ledger
 from fleetwire_agent.processes import Spawner, read_process
 from fleetwire_shared.limits import CHUNK_BYTES, OUTPUT_WINDOW_BYTES
@@ -74,10 +75,10 @@ class Rig:
 
 
 @asynccontextmanager
-async def open_rig(*, max_at_once: int = 32) -> AsyncIterator[Rig]:
+async def open_rig(*, max_at_once: int = 32, profile: Profile = "manage") -> AsyncIterator[Rig]:
     with Spawner({"PATH": os.environ["PATH"]}) as spawner:
         ledger = Ledger()
-        rig = Rig(Commands(spawner=spawner, ledger=ledger, max_at_once=max_at_once), ledger)
+        rig = Rig(Commands(spawner=spawner, ledger=ledger, max_at_once=max_at_once, profile=profile), ledger)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(rig.commands.serve()), group.create_task(rig.commands.deliver(rig.receive))]
             await asyncio.sleep(0)
@@ -258,6 +259,14 @@ async def test_an_offer_that_cannot_be_taken_is_rejected(rig: Rig, offer: Comman
     rejection = rig.commands.offer(offer)
     assert isinstance(rejection, CommandRejected)
     assert rejection.reason == reason
+
+
+async def test_the_profile_monitor_runs_no_command() -> None:
+    async with open_rig(profile="monitor") as rig:
+        answer = rig.commands.offer(make_offer("true"))
+        assert isinstance(answer, CommandRejected)
+        assert answer.reason == "policy"
+        assert "profile monitor" in answer.message
 
 
 async def test_settling_sends_again_what_the_server_has_not_stored(rig: Rig) -> None:

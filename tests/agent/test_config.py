@@ -11,6 +11,7 @@ from fleetwire_shared.errors import InvalidError
 KEY = "agt_" + "a" * 16 + "_" + "B" * 43
 OTHER_KEY = "agt_" + "b" * 16 + "_" + "C" * 43
 SERVER = "http://127.0.0.1:8420"
+PIN = "sha256//" + "A" * 43 + "="
 
 
 def write(path: Path, content: str, mode: int = 0o600) -> str:
@@ -42,6 +43,16 @@ def test_a_credential_of_systemd_wins_over_the_file(tmp_path: Path) -> None:
     assert config.key == KEY
 
 
+def test_settings_may_be_a_credential_of_systemd(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "agent-key", KEY, 0o440)  # as systemd makes it; the directory guards it
+    write(tmp_path / "agent.toml", f'server = "https://host"\nprofile = "monitor"\ntls_pin = "{PIN};"\n')
+    config = read_config({}, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert (config.server, config.key, config.profile, config.tls_pin) == ("https://host", KEY, "monitor", PIN)
+    assert not caplog.records
+    other = write(tmp_path / "other.toml", 'server = "https://other"\n')
+    assert read_config({"config": other}, {"CREDENTIALS_DIRECTORY": str(tmp_path)}).server == "https://other"
+
+
 def test_a_key_file_that_others_can_read_gets_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         read_config({"server": SERVER, "key_file": write(tmp_path / "private", KEY)}, {})
@@ -67,6 +78,9 @@ def test_a_key_file_that_others_can_read_gets_a_warning(tmp_path: Path, caplog: 
         ({"server": SERVER, "key": KEY, "max_commands_at_once": "0"}, "1 to 9999"),
         ({"server": SERVER, "key": KEY, "tls_ca_file": "/nonexistent"}, "tls_ca_file"),
         ({"server": SERVER, "key": KEY, "sever": "x"}, "unknown setting sever"),
+        ({"server": SERVER, "key": KEY, "profile": "root"}, "profile must be manage or monitor, got 'root'"),
+        ({"server": SERVER, "key": KEY, "tls_pin": PIN}, "tls_pin needs a server with https://"),
+        ({"server": "https://host", "key": KEY, "tls_pin": "sha1//x"}, "sha256//BASE64"),
     ],
 )
 def test_wrong_settings_are_refused_with_what_would_be_right(arguments: dict[str, str], problem: str) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from tests.support.journals import FIRST_MICROSECONDS, JOURNAL_REMOTE, make_entr
 from fleetwire_agent.journal import MAX_ENTRY_BYTES, JournalFollower
 from fleetwire_agent.journal_entries import format_entry
 from fleetwire_agent.processes import Spawner
-from fleetwire_shared.errors import InvalidError, UnavailableError
+from fleetwire_shared.errors import InvalidError, NotFoundError, UnavailableError
 from fleetwire_shared.limits import MAX_LINE_BYTES
 from fleetwire_shared.messages import FollowLog, LogGap, LogLines
 
@@ -67,14 +68,17 @@ async def follow(
     since: float | None = None,
     grep: str | None = None,
     cursor: str | None = None,
+    boot: str | None = None,
+    kernel: bool = False,
 ) -> AsyncIterator[Followed]:
     request = FollowLog(
         channel_id="c", source="journald", lines=lines, unit=unit, priority=priority, since=since, grep=grep,
-        cursor=cursor,
+        cursor=cursor, boot=boot, kernel=kernel,
     )  # fmt: skip
     followed = Followed()
     with Spawner(os.environ) as spawner:
         follower = JournalFollower(request, spawner=spawner, directory=str(journal.parent))
+        await follower.find_boot()
         async with asyncio.TaskGroup() as group:
             task = group.create_task(follower.run(followed.put))
             yield followed
@@ -224,6 +228,109 @@ async def test_a_cursor_from_the_future_is_a_gap_and_new_entries_come(journal: P
 
 
 @needs_journal_files
+async def test_what_was_not_read_of_an_earlier_boot_is_read_after_it(journal: Path) -> None:
+    # The known trap: journalctl --follow shows the present boot only.
+    write_journal(journal, *(make_entry(n, _BOOT_ID=f"{1 + n // 10:032x}") for n in range(30)))
+    async with follow(journal, cursor=await cursor_of(journal, "message 4")) as followed:
+        assert await followed.next(25) == messages(5, 29)
+    async with follow(journal, lines=25) as followed:
+        assert await followed.next(25) == messages(5, 29)
+
+
+@needs_journal_files
+async def test_boots_are_told_apart_by_offset_and_by_id(journal: Path) -> None:
+    boots = [f"{number:032x}" for number in range(1, 4)]
+    write_journal(journal, *(make_entry(n, _BOOT_ID=boots[n // 10], PRIORITY=str(n % 8)) for n in range(30)))
+    for boot, first in (("0", 20), ("-1", 10), ("-2", 0), (boots[1], 10)):
+        async with follow(journal, lines=100, boot=boot) as followed:
+            assert await followed.next(10) == messages(first, first + 9)
+    async with follow(journal, lines=100, boot="-1", priority=3) as followed:
+        assert await followed.next(6) == [f"message {number}" for number in (10, 11, 16, 17, 18, 19)]
+    with pytest.raises(NotFoundError, match=rf"boot -3: .* it has 0 \({boots[2]}\), -1 \({boots[1]}\), -2 "):
+        async with follow(journal, boot="-3"):
+            pass
+    with pytest.raises(NotFoundError):
+        async with follow(journal, boot="f" * 32):
+            pass
+
+
+@needs_journal_files
+async def test_a_boot_by_offset_goes_on_in_the_next_boot_from_its_beginning(journal: Path) -> None:
+    write_journal(journal, *(make_entry(n, _BOOT_ID=f"{1 + n // 10:032x}") for n in range(20)))
+    cursor = await cursor_of(journal, "message 4")
+    async with follow(journal, boot="-1", cursor=cursor) as followed:
+        assert await followed.next(5) == messages(5, 9)
+    async with follow(journal, boot="0", cursor=cursor) as followed:
+        assert await followed.next(10) == messages(10, 19)
+
+
+@needs_journal_files
+async def test_messages_of_the_kernel_are_told_apart(journal: Path) -> None:
+    write_journal(journal, *(make_entry(n, _TRANSPORT="kernel" if n % 3 == 0 else "syslog") for n in range(9)))
+    async with follow(journal, kernel=True) as followed:
+        assert await followed.next(3) == ["message 0", "message 3", "message 6"]
+        write_journal(journal, make_entry(9), make_entry(10, _TRANSPORT="kernel"))
+        assert await followed.next(1) == messages(10, 10)
+
+
+def journalctl_pids() -> list[int]:
+    """Children of this process that are journalctl and follow."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    return [int(pid) for pid in children if b"--follow" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@needs_journal_files
+@pytest.mark.parametrize("unit", [None, "nginx"])
+async def test_a_journalctl_that_dies_is_followed_by_another_without_loss_or_repetition(
+    journal: Path, unit: str | None
+) -> None:
+    write_journal(journal, *map(make_entry, range(20)))
+    async with follow(journal, lines=3, unit=unit) as followed:
+        assert await followed.next(3) == messages(17, 19)
+        for number in (20, 22):
+            (pid,) = journalctl_pids()
+            write_journal(journal, make_entry(number))
+            assert await followed.next(1) == messages(number, number)
+            os.kill(pid, signal.SIGKILL)
+            write_journal(journal, make_entry(number + 1))
+            assert await followed.next(1) == messages(number + 1, number + 1)
+
+
+@needs_journal_files
+async def test_a_journalctl_that_is_killed_again_and_again_is_given_up(journal: Path) -> None:
+    write_journal(journal, *map(make_entry, range(3)))
+    with Spawner(os.environ) as spawner:
+        request = FollowLog(channel_id="c", source="journald", unit="nginx", lines=0)
+        follower = JournalFollower(request, spawner=spawner, directory=str(journal.parent))
+
+        async def kill_each() -> None:
+            while True:
+                for pid in journalctl_pids():
+                    os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.02)
+
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            killing = group.create_task(kill_each())
+            with pytest.raises(UnavailableError, match="journalctl ended with status -9"):
+                await follower.run(Followed().put)
+            killing.cancel()
+
+
+@needs_journal_files
+async def test_files_of_several_writers_are_followed_without_gaps(journal: Path) -> None:
+    # Each has a series of numbers of its own, so a number that does not follow the last says nothing.
+    other = journal.parent / "other.journal"
+    write_journal(journal, *(make_entry(n) for n in range(0, 40, 2)))
+    write_journal(other, *(make_entry(n) for n in range(1, 40, 2)))
+    async with follow(journal, since=0.0) as followed:
+        assert await followed.next(40) == messages(0, 39)
+        write_journal(other, make_entry(40))
+        assert await followed.next(1) == messages(40, 40)
+        write_journal(journal, make_entry(41))
+        assert await followed.next(1) == messages(41, 41)
+
+
+@needs_journal_files
 async def test_messages_of_every_kind_are_shown(journal: Path) -> None:
     # The known traps: null for large fields without --all, lists of integers for what is no plain text.
     write_journal(
@@ -278,6 +385,9 @@ async def test_a_host_without_a_journal_is_unavailable(tmp_path: Path) -> None:
         (FollowLog(channel_id="c", source="journald", lines=-1), "lines must be"),
         (FollowLog(channel_id="c", source="journald", since=-1.0), "since must be"),
         (FollowLog(channel_id="c", source="journald", priority=8), "priority must be"),
+        (FollowLog(channel_id="c", source="journald", boot="1"), "boot must be"),
+        (FollowLog(channel_id="c", source="journald", boot="-0"), "boot must be"),
+        (FollowLog(channel_id="c", source="journald", unit="x", kernel=True), "unit must be left out"),
         (FollowLog(channel_id="c", source="journald", cursor="--file=/etc/shadow"), "cursor must be"),
     ],
 )

@@ -32,10 +32,12 @@ from fleetwire_shared.messages import (
     Heartbeat,
     Hello,
     HostFacts,
+    ListUnits,
     MetricsReport,
     ReadFile,
     ServerMessage,
     Settlement,
+    Uninstall,
     Welcome,
     WriteFile,
 )
@@ -103,6 +105,7 @@ class Rig:
     session: Session
     delays: list[float] = field(default_factory=list)
     channels: list[ReadFile | WriteFile | FollowLog] = field(default_factory=list)
+    requests: list[ListUnits | Uninstall] = field(default_factory=list)
 
     async def next_peer(self) -> Peer:
         async with asyncio.timeout(5):
@@ -131,6 +134,7 @@ async def rig() -> AsyncIterator[Rig]:
 
     delays: list[float] = []
     channels: list[ReadFile | WriteFile | FollowLog] = []
+    requests: list[ListUnits | Uninstall] = []
 
     async def note_delay(seconds: float) -> None:
         delays.append(seconds)
@@ -148,12 +152,13 @@ async def rig() -> AsyncIterator[Rig]:
                 ledger=ledger,
                 commands=commands,
                 open_channel=channels.append,
+                open_request=requests.append,
                 jitter=lambda: 0.5,
                 sleep=note_delay,
             )
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(commands.serve()), group.create_task(session.run())]
-                yield Rig(peers, outbox, ledger, session, delays, channels)
+                yield Rig(peers, outbox, ledger, session, delays, channels, requests)
                 await commands.stop()
                 for task in tasks:
                     task.cancel()
@@ -267,9 +272,11 @@ async def test_a_frame_that_cannot_be_read_is_passed_over(rig: Rig) -> None:
     await peer.greet()
     await peer.socket.send('{"type":"from_the_future"}')
     await peer.send(FollowLog(channel_id="ch_1", source="file", path="/x"))
+    await peer.send(ListUnits(request_id="req_1"))
     await peer.send(make_offer("true"))
     assert await peer.receive() == CommandAccepted(command_id="cmd_1")
     assert rig.channels == [FollowLog(channel_id="ch_1", source="file", path="/x")]
+    assert rig.requests == [ListUnits(request_id="req_1")]
 
 
 async def test_only_the_newest_report_is_kept_while_the_server_is_away(rig: Rig) -> None:

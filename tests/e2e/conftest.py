@@ -1,7 +1,6 @@
 """Fixtures for tests on real hosts: a server that they reach, and an admin's client of it."""
 
 import asyncio
-import socket
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ import pytest
 from tests.conftest import enter_process
 from tests.support.api import Api
 from tests.support.host_fixtures import BootHost
-from tests.support.processes import ADMIN_PASSWORD, ServerProcess
+from tests.support.processes import ADMIN_PASSWORD, ServerProcess, find_free_port
 
 __all__ = ["BootHost", "E2eServer", "StartE2eServer"]
 
@@ -121,12 +120,6 @@ async def e2e_api(e2e_server: E2eServer, e2e_token: str) -> AsyncIterator[Api]:
     """An admin's client of the shared server."""
     async with Api(e2e_server.url, token=e2e_token) as client:
         yield client
-
-
-def find_free_port(address: str) -> int:
-    with socket.socket() as own:
-        own.bind((address, 0))
-        return int(own.getsockname()[1])
 
 
 def make_certificate(directory: Path, address: str) -> tuple[Path, Path]:

@@ -4,10 +4,11 @@ import asyncio
 import time
 from pathlib import Path
 
+import pytest
 from tests.e2e.conftest import BootHost
 from tests.support.api import Api
 from tests.support.eventually import eventually
-from tests.support.installed import install, run
+from tests.support.installed import install, make_form, run
 
 CUT_SECONDS = 120.0
 
@@ -43,6 +44,7 @@ async def test_a_rebooted_host_is_back_and_its_command_is_told_truly(boot_host: 
     assert (await e2e_api.run(agent_id, "echo again"))["output"] == "again\n"
 
 
+@pytest.mark.timeout(450)
 async def test_a_network_that_is_cut_for_two_minutes_loses_nothing(boot_host: BootHost, e2e_api: Api) -> None:
     host = boot_host("trixie")
     agent_id = await install(e2e_api, host)
@@ -109,7 +111,7 @@ async def test_a_full_disk_on_the_host(boot_host: BootHost, e2e_api: Api, tmp_pa
     command = await e2e_api.run(agent_id, "echo still here; echo x >/srv/file")
     assert command["output"].startswith("still here\n")
     assert "No space left" in command["output"]
-    async with e2e_api.open("POST", f"{path}/files", data={"dest": "/srv/upload", "file": "x" * 1_000_000}) as response:
+    async with e2e_api.open("POST", f"{path}/files", data=make_form("/srv/upload", bytes(1_000_000))) as response:
         assert response.status == 503
         assert "space" in (await response.json())["detail"].lower()
     assert not host.exists("/srv/upload")
@@ -122,7 +124,7 @@ async def test_a_full_disk_on_the_host(boot_host: BootHost, e2e_api: Api, tmp_pa
     detail = await eventually(lambda: e2e_api.get(path), lambda agent: (agent["metrics"]["disk_percent"] or 0) > 95)
     assert detail["status"] == "online"
     host.exec("rm -f /srv/filler /var/filler")
-    async with e2e_api.open("POST", f"{path}/files", data={"dest": "/srv/upload", "file": "content"}) as response:
+    async with e2e_api.open("POST", f"{path}/files", data=make_form("/srv/upload", b"content")) as response:
         assert response.status == 200
     assert host.exec("cat /srv/upload").stdout == "content"
 

@@ -12,11 +12,11 @@ ROOT = Path(__file__).resolve().parents[2]
 _NEEDED = ("agent", "shared", "scripts", "pyproject.toml", "LICENSE")
 
 
-def build_bundle(output: Path, *, version: str, break_file: str | None = None) -> str:
+def build_bundle(output: Path, *, version: str, main_end: str = "") -> str:
     """Build a bundle whose agent says it is `version`; return the whole version, with its digest.
 
     Args:
-        break_file: path in the bundle of a module that fails when it is imported."""
+        main_end: code that the agent's main.py has at its end."""
     with tempfile.TemporaryDirectory() as name:
         tree = Path(name)
         for part in _NEEDED:
@@ -29,9 +29,8 @@ def build_bundle(output: Path, *, version: str, break_file: str | None = None) -
         package = tree / "shared/fleetwire_shared/__init__.py"
         head, _, _ = package.read_text().partition("__version__ = ")
         package.write_text(f'{head}__version__ = "{version}"\n')
-        if break_file is not None:
-            (path,) = tree.glob(f"*/{break_file}")
-            path.write_text(path.read_text() + '\nraise RuntimeError("broken on purpose")\n')
+        main = tree / "agent/fleetwire_agent/main.py"
+        main.write_text(main.read_text() + main_end)
         subprocess.run([tree / "scripts/build-agent", "--output", output], check=True, capture_output=True, timeout=120)
     bundle = read_bundle(output)
     assert bundle is not None

@@ -4,6 +4,7 @@ import asyncio
 import shlex
 from typing import Any
 
+from aiohttp import FormData
 from tests.support.api import Api
 from tests.support.eventually import eventually
 from tests.support.hosts import Host
@@ -54,6 +55,13 @@ async def install(api: Api, host: Host, *words: str, label: str | None = None) -
     await run(host, with_options(line, *words) if words else line)
     await api.wait_for_agent(agent_id)
     return agent_id
+
+
+def make_form(dest: str, content: bytes) -> FormData:
+    """Return the body of an upload."""
+    form = FormData({"dest": dest})
+    form.add_field("file", content, filename="file")
+    return form
 
 
 async def wait_for_version(api: Api, agent_id: str, version: str) -> Any:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -294,6 +295,13 @@ def build_agent_bundle(tree: Path, output: Path) -> Path:
     done = subprocess.run(command, env=plain_environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     return output
+
+
+def find_free_port(address: str = "127.0.0.1") -> int:
+    """Return a port that nobody uses now: for a server that must know its own URL before it listens."""
+    with socket.socket() as own:
+        own.bind((address, 0))
+        return int(own.getsockname()[1])
 
 
 def plain_environment() -> dict[str, str]:

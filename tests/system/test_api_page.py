@@ -281,6 +281,10 @@ def tables_with_rows(server: ServerProcess, agent_id: str, command_id: str) -> s
         }
 
 
+AUDITED = {"audit"}
+"""Who enrolled and who deleted the agent stays known."""
+
+
 async def test_delete_removes_everything(start_server: StartServer, start_agent: StartAgent, open_api: OpenApi) -> None:
     server = start_server()
     api = await open_api(server)
@@ -292,13 +296,13 @@ async def test_delete_removes_everything(start_server: StartServer, start_agent:
     async with asyncio.timeout(20), api.sse(f"{path}/stream/metrics") as events:
         assert await api.delete(path) == {"status": "deleted"}
         assert [event async for event in events][-1].json() == {"reason": "the agent was deleted"}
-    assert tables_with_rows(server, agent.agent_id, command["command_id"]) == set()
+    assert tables_with_rows(server, agent.agent_id, command["command_id"]) == AUDITED
     assert await api.get("/api/agents") == []
     await api.delete(path, status=404)
     key = agent.key_file.read_text().strip()
     await api.call("POST", f"{path}/report", REPORT, headers={"X-Agent-Key": key}, status=401, token=None)
     server.stop()  # what memory still held of the agent is stored now, if anything is
-    assert tables_with_rows(server, agent.agent_id, command["command_id"]) == set()
+    assert tables_with_rows(server, agent.agent_id, command["command_id"]) == AUDITED
 
 
 # ---------------------------------------------------------------- logins and users

@@ -1,5 +1,6 @@
 """What an installation must know of the host before it writes anything. Nothing here changes the host."""
 
+import errno
 import grp
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,6 +199,16 @@ def check_room() -> None:
             raise InstallError(
                 "disk_full", f"there is room for {what} at {place}; {directory} needs {needed // 1024:,} KiB there"
             )
+
+
+def is_full(directory: Path) -> bool:
+    """Whether not even a small file can be written there."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(4096))
+    except OSError as err:
+        return err.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
 
 
 def _existing(path: Path) -> Path:

@@ -26,6 +26,7 @@ from fleetwire_agent.install.host import (
     check_root,
     choose_python,
     find_init,
+    is_full,
     read_user,
 )
 from fleetwire_agent.install.layout import (
@@ -93,6 +94,7 @@ class Plan:
 def run_install(options: Options, report: Report) -> Outcome:
     """Install, upgrade, or see that nothing is to be done. Raises nothing that is not a fault of the installer."""
     version: str | None = None
+    os.umask(0o022)
     try:
         check_root()
         bundle = open_own_bundle()
@@ -368,10 +370,8 @@ def wait_until_connected(plan: Plan, report: Report, *, seconds: float) -> Statu
 
 
 def _describe_timeout(state: Path, status: Status | None, seconds: float) -> InstallError:
-    if status is None and state.exists():
-        figures = os.statvfs(state)
-        if figures.f_bavail == 0:
-            return InstallError("disk_full", f"{state}: the disk is full; make room there and try again")
+    if status is None and is_full(state):
+        return InstallError("disk_full", f"{state}: the disk is full; make room there and try again")
     why = (status and status.detail) or "it has not said why"
     reason: Reason = "tls" if "SSL" in why else "not_connected"
     return InstallError(reason, f"the agent did not connect to the server within {seconds:.0f} seconds: {why}")
@@ -411,7 +411,7 @@ def _undo(plan: Plan, changes: Changes, err: BaseException) -> InstallError:
         problem = InstallError("failed", str(err) or "interrupted")
     else:
         raise err
-    message = problem.message
+    message = problem.message.rstrip(".")
     if problems:
         message += f". Could not be undone: {'; '.join(problems)}"
     elif had_changes and plan.version_before:

@@ -1,6 +1,7 @@
 """What an installation says as it goes on: lines for people, or JSON objects for the server that runs it over SSH."""
 
 import json
+import os
 import select
 import sys
 from dataclasses import asdict, dataclass
@@ -62,3 +63,4 @@ class Report:
             sys.stdout.flush()
         except (OSError, ValueError):
             self._is_broken = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered must go somewhere at exit

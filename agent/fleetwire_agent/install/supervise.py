@@ -44,9 +44,11 @@ def supervise(*, is_detached: bool) -> None:
         return
     os.ftruncate(pid_file, 0)
     os.pwrite(pid_file, f"{os.getpid()}\n".encode(), 0)
+    log = Log(LOG)
     try:
-        _Supervisor(Log(LOG)).run()
+        _Supervisor(log).run()
     finally:
+        log.close()
         _remove_credentials()
         PID_FILE.unlink(missing_ok=True)
 
@@ -94,13 +96,17 @@ class Log:
                 )
             if self._file.tell() + len(content) > self._max_bytes:
                 self._path.replace(self._path.with_name(f"{self._path.name}.1"))
-                self._file.close()
-                self._file = None
+                self.close()
                 self.write(content[-self._max_bytes :])
                 return
             self._file.write(content)
         except OSError:
             pass
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def say(self, text: str) -> None:
         self.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} supervisor: {text}\n".encode())

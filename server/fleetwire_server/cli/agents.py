@@ -10,9 +10,10 @@ from fleetwire_server.core.tokens import hash_token, new_agent_key
 from fleetwire_server.deploy.install_script import build_install_command, reachable_url
 from fleetwire_server.model import Agent, AgentKey
 from fleetwire_server.storage import agents
+from fleetwire_server.storage.audit import audited
 from fleetwire_server.tls import find_pin
 
-from .database import write_database
+from .database import audit_entry, write_database
 from .options import config_from, database_options, setting_option
 
 
@@ -39,14 +40,12 @@ def add(label: str, tags: tuple[str, ...], **arguments: str | None) -> None:
     url, pin = reachable_url(config.public_url), find_pin(config)
     agent_id, key = new_agent_key()
     now = time.time()
-    write_database(
-        config,
-        partial(
-            agents.add_agent,
-            agent=Agent(id=agent_id, label=body.label, tags=tuple(body.tags), created_at=now),
-            key=AgentKey(key_hash=hash_token(key), agent_id=agent_id, created_at=now, expires_at=None),
-        ),
+    enrol = partial(
+        agents.add_agent,
+        agent=Agent(id=agent_id, label=body.label, tags=tuple(body.tags), created_at=now),
+        key=AgentKey(key_hash=hash_token(key), agent_id=agent_id, created_at=now, expires_at=None),
     )
+    write_database(config, audited(enrol, audit_entry("agent.enrolled", agent_id, label=body.label)))
     click.echo(
         f"agent {agent_id} enrolled as {label}. Paste this on the host; it holds the agent's key, shown this once:"
     )

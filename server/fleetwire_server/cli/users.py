@@ -10,8 +10,9 @@ from fleetwire_server.core.passwords import hash_password
 from fleetwire_server.core.usernames import check_username
 from fleetwire_server.model import Role, User
 from fleetwire_server.storage import users
+from fleetwire_server.storage.audit import audited
 
-from .database import write_database
+from .database import audit_entry, write_database
 from .options import config_from, database_options
 
 _name = click.argument("name")
@@ -37,7 +38,8 @@ def add(name: str, role: str, *, password_stdin: bool, **arguments: str | None) 
     password_hash = hash_password(_read_password(from_stdin=password_stdin))
     new = User(name=name, role=Role(role), password_hash=password_hash, created_at=time.time())
     # The database may be made here: users can be there before the first start.
-    write_database(config_from(arguments), partial(users.add_user, user=new), is_made=True)
+    entry = audit_entry("user.added", name, role=role)
+    write_database(config_from(arguments), audited(partial(users.add_user, user=new), entry), is_made=True)
     click.echo(f"user {name} added")
 
 
@@ -54,7 +56,8 @@ def list_(**arguments: str | None) -> None:
 @database_options
 def remove(name: str, **arguments: str | None) -> None:
     """Remove a user and end their sessions."""
-    write_database(config_from(arguments), partial(users.delete_user, name=name))
+    remove = partial(users.delete_user, name=name)
+    write_database(config_from(arguments), audited(remove, audit_entry("user.removed", name)))
     click.echo(f"user {name} removed")
 
 
@@ -65,7 +68,8 @@ def remove(name: str, **arguments: str | None) -> None:
 def passwd(name: str, *, password_stdin: bool, **arguments: str | None) -> None:
     """Set a user's password and end their sessions."""
     password_hash = hash_password(_read_password(from_stdin=password_stdin))
-    write_database(config_from(arguments), partial(users.update_user, name=name, password_hash=password_hash))
+    change = partial(users.update_user, name=name, password_hash=password_hash)
+    write_database(config_from(arguments), audited(change, audit_entry("user.changed", name, is_password_changed=True)))
     click.echo(f"password of {name} changed")
 
 
@@ -75,7 +79,8 @@ def passwd(name: str, *, password_stdin: bool, **arguments: str | None) -> None:
 @database_options
 def role(name: str, role: str, **arguments: str | None) -> None:
     """Set a user's role and end their sessions."""
-    write_database(config_from(arguments), partial(users.update_user, name=name, role=Role(role)))
+    change = partial(users.update_user, name=name, role=Role(role))
+    write_database(config_from(arguments), audited(change, audit_entry("user.changed", name, role=role)))
     click.echo(f"{name} is now {role}")
 
 

@@ -1,4 +1,4 @@
-"""Deployments over SSH: each runs on up to ten hosts at a time, is stored as it goes, and shows its steps to viewers."""
+"""Deployments over SSH: each is on up to ten hosts at a time, is stored as it goes, and shows its steps to viewers."""
 
 import asyncio
 import importlib
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from fleetwire_server.core.clock import Clock
 from fleetwire_server.core.events import frame_json
@@ -15,7 +15,7 @@ from fleetwire_server.core.sessions import Sessions
 from fleetwire_server.core.tokens import hash_token, new_agent_key, new_deployment_id
 from fleetwire_server.deploy.errors import DeployError, deploy_error
 from fleetwire_server.deploy.host_keys import PublicKey
-from fleetwire_server.deploy.order import Deployed, Order, Terms
+from fleetwire_server.deploy.order import Deployed, Order, ServerSide, Terms
 from fleetwire_server.model import (
     Agent,
     AgentKey,
@@ -30,9 +30,6 @@ from fleetwire_server.storage import agents, deployments, host_keys
 from fleetwire_server.storage.audit import add_entry, audited
 from fleetwire_server.storage.store import Connection, Store
 from fleetwire_shared.errors import FleetwireError, UnavailableError
-
-if TYPE_CHECKING:
-    from fleetwire_server.deploy import runner
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +47,10 @@ STOP_SECONDS = 8.0
 """How long hosts may take to be cleaned up when the server stops."""
 
 Outcome: TypeAlias = Deployed | DeployError
+DropAgent: TypeAlias = Callable[[str, AuditEntry], Awaitable[object]]
+_Deploy: TypeAlias = Callable[[Order, Terms, ServerSide], Awaitable[Deployed]]
+
+_STOPPING = "the server is stopping: deploy again when it is back"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,7 +89,8 @@ class Deployments:
 
     Args:
         make_terms: what holds for all hosts now; raises DeployError where the server cannot deploy.
-        drop_agent: removes an agent and ends all that is open of it."""
+        drop_agent: removes an agent, records that, and ends all that is open of it.
+        announce: tells viewers of the fleet the status of an agent."""
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class Deployments:
         sessions: Sessions,
         fanout: Fanout,
         make_terms: Callable[[], Terms],
-        drop_agent: Callable[[str], Awaitable[None]],
+        drop_agent: DropAgent,
         announce: Callable[[str, str], None],
         now: Clock,
     ) -> None:
@@ -197,23 +199,21 @@ class Deployments:
     # ------------------------------------------------------------ one host
 
     async def _run_host(self, running: RunningDeployment, position: int, order: Order, terms: Terms) -> None:
-        outcome: Outcome = deploy_error(
-            "waiting", "interrupted", "the server is stopping: deploy again when it is back"
-        )
+        outcome: Outcome = deploy_error("waiting", "interrupted", _STOPPING)
         status = HostStatus.INTERRUPTED
         side = _HostSide(self, running, position, order)
         try:
             async with running.slots:
                 await self._change_host(running, position, status=HostStatus.RUNNING, started_at=self._now())
-                outcome = await (await _load_runner()).deploy_to_host(order, terms, side)
+                deploy = await _load_deploy()
+                outcome = await deploy(order, terms, side)
             status = HostStatus.DEPLOYED
         except DeployError as err:
             outcome, status = err, HostStatus.FAILED
         except FleetwireError as err:
             outcome, status = deploy_error(side.step, "server_failed", err.message), HostStatus.FAILED
         except asyncio.CancelledError:
-            if outcome.step != side.step:
-                outcome = deploy_error(side.step, "interrupted", outcome.message)
+            outcome = deploy_error(side.step, "interrupted", _STOPPING)
             raise
         except Exception:  # the border of one host
             logger.exception("deployment %s: %s failed", running.id, order.where)
@@ -228,20 +228,23 @@ class Deployments:
     ) -> None:
         """Store and tell how it ended; of one that failed no agent stays."""
         ended = replace(running.hosts[position], status=status, finished_at=self._now())
-        if isinstance(outcome, DeployError):
+        if isinstance(outcome, Deployed):
+            ended = replace(ended, host_key=outcome.host_key)
+        else:
             ended = replace(ended, step=outcome.step, reason=outcome.reason, detail=outcome.message, agent_id=None)
             logger.info("deployment %s: %s: %s", running.id, side.order.where, outcome.message)
         running.hosts[position] = ended
-        self._add_frame(running, frame_json(host_document(ended), event="host"))
+        self._add_event(running, host_document(ended), event="host")
         try:
             if isinstance(outcome, DeployError) and side.agent_id is not None:
-                await self._drop_agent(side.agent_id)
+                await self._drop_agent(side.agent_id, self._dropped(running, side.agent_id))
             store = partial(deployments.update_host, deployment_id=running.id, position=position, host=ended)
             await self._store.write(store)
         except UnavailableError as err:  # as at a crash, the next start of the server puts it right
             logger.error("deployment %s: its end on %s is not stored: %s", running.id, side.order.where, err.message)
         finally:
-            running.outcomes[position].set_result(outcome)
+            if not running.outcomes[position].done():
+                running.outcomes[position].set_result(outcome)
         if all(host.status.is_end for host in running.hosts):
             await self._finish(running)
 
@@ -251,7 +254,7 @@ class Deployments:
         is_interrupted = any(host.status is HostStatus.INTERRUPTED for host in running.hosts)
         running.status = DeploymentStatus.INTERRUPTED if is_interrupted else DeploymentStatus.FINISHED
         running.finished_at = self._now()
-        self._add_frame(running, frame_json({"reason": running.status}, event="end"))
+        self._add_event(running, {"reason": running.status}, event="end")
         over = [each for each in self._running.values() if each.is_over]
         for each in over[: max(0, len(over) - KEPT_ENDED)]:
             del self._running[each.id]
@@ -282,9 +285,16 @@ class Deployments:
             partial(deployments.update_host, deployment_id=running.id, position=position, host=host)
         )
 
-    def _add_frame(self, running: RunningDeployment, frame: bytes) -> None:
-        running.frames.append(f"id: {len(running.frames) + 1}\n".encode() + frame)
+    def _add_event(self, running: RunningDeployment, document: object, *, event: str) -> None:
+        """Keep an event for viewers that come later, its id the number of those before and itself; wake the others."""
+        running.frames.append(frame_json(document, event=event, event_id=str(len(running.frames) + 1)))
         self._fanout.publish(deployment_topic(running.id), b"")
+
+    def _dropped(self, running: RunningDeployment, agent_id: str) -> AuditEntry:
+        detail = {"why": "its deployment failed", "deployment_id": running.id}
+        return AuditEntry(
+            at=self._now(), actor=running.created_by, action="agent.deleted", subject=agent_id, detail=detail
+        )
 
     # ------------------------------------------------------------ what a host's deployment asks of the server
 
@@ -294,12 +304,12 @@ class Deployments:
             return
         host = running.hosts[position]
         document = {"host": host.host, "port": host.port, "at": self._now(), "step": step, "detail": detail}
-        self._add_frame(running, frame_json(document, event="step"))
+        self._add_event(running, document, event="step")
 
     async def get_pinned(self, order: Order) -> HostKey | None:
         return await self._store.read(partial(host_keys.get_host_key, host=order.host, port=order.port))
 
-    async def pin(self, running: RunningDeployment, position: int, order: Order, key: PublicKey) -> HostKey:
+    async def pin(self, running: RunningDeployment, order: Order, key: PublicKey) -> HostKey:
         pinned = HostKey(
             host=order.host,
             port=order.port,
@@ -308,7 +318,6 @@ class Deployments:
             pinned_at=self._now(),
             pinned_by=running.created_by,
         )
-        del position
         return await self._store.write(partial(_pin, key=pinned))
 
     async def enrol(self, running: RunningDeployment, position: int, order: Order) -> tuple[str, str]:
@@ -360,7 +369,7 @@ class _HostSide:
         return await self._server.get_pinned(self.order)
 
     async def pin(self, key: PublicKey) -> HostKey:
-        return await self._server.pin(self._running, self._position, self.order, key)
+        return await self._server.pin(self._running, self.order, key)
 
     async def enrol(self) -> tuple[str, str]:
         self.note("enrol", "making the agent's record and key")
@@ -391,9 +400,11 @@ def host_document(host: DeploymentHost) -> dict[str, object]:
     }
 
 
-async def _load_runner() -> "runner":
-    """Return the runner; the first time that takes a while, and a thread."""
-    return await asyncio.to_thread(importlib.import_module, "fleetwire_server.deploy.runner")
+async def _load_deploy() -> _Deploy:
+    """Return deploy.runner's deploy_to_host. Loading it, with asyncssh, takes a while the first time: in a thread."""
+    module = await asyncio.to_thread(importlib.import_module, "fleetwire_server.deploy.runner")
+    deploy: _Deploy = module.deploy_to_host
+    return deploy
 
 
 # ------------------------------------------------------------ changes, each within one transaction

@@ -85,3 +85,8 @@ def metrics_topic(agent_id: str) -> str:
 def command_topic(command_id: str) -> str:
     """A wake-up for viewers of one command: they read what is new from the store, from their own position."""
     return f"command/{command_id}"
+
+
+def deployment_topic(deployment_id: str) -> str:
+    """A wake-up for viewers of one deployment: they take what is new from its events, from their own position."""
+    return f"deployment/{deployment_id}"

@@ -134,6 +134,7 @@ class Sessions:
         """Drop all that is known of a deleted agent; return its session, to be closed."""
         self._presence.pop(agent_id, None)
         self._unsaved.discard(agent_id)
+        self._arrivals.pop(agent_id, None)  # it will not come
         return self._sessions.pop(agent_id, None)
 
     def status(self, agent_id: str, last_seen: float | None) -> AgentStatus:

@@ -44,6 +44,10 @@ def new_request_id(random_bytes: RandomBytes = os.urandom) -> str:
     return f"req_{_new_id(20, random_bytes)}"
 
 
+def new_deployment_id(random_bytes: RandomBytes = os.urandom) -> str:
+    return f"dep_{_new_id(20, random_bytes)}"
+
+
 def _new_id(length: int, random_bytes: RandomBytes) -> str:
     # 5 of 8 bits a character would do; with 8 all characters are as good as equally likely.
     number = int.from_bytes(random_bytes(length), "big")

@@ -50,6 +50,8 @@ REASONS: Mapping[str, type[DeployError]] = {
     "busy": DeployConflictError,  # a deployment to this host, or an installation on it, is under way
     "no_bundle": DeployUnavailableError,
     "interrupted": DeployUnavailableError,  # the server is stopping
+    "server_failed": DeployUnavailableError,  # a fault of the server, or its database cannot be written
+    "host_key_invalid": DeployInvalidError,  # the request's host_key is neither a key nor a fingerprint
     # the way to the host
     "unreachable": DeployFailedError,
     "ssh": DeployFailedError,  # what answers does not speak SSH with us

@@ -48,7 +48,8 @@ def reachable_url(public_url: str) -> str:
 
     Raises:
         ConflictError: it is an address to listen on, which nobody can dial."""
-    if urlsplit(public_url).hostname in ("0.0.0.0", "::"):  # noqa: S104 - compared, not listened on
+    parts = urlsplit(public_url)
+    if parts.hostname in ("0.0.0.0", "::") or parts.port == 0:  # noqa: S104 - compared, not listened on
         raise ConflictError(
             f"hosts cannot dial {public_url}: start the server with --public-url and the URL they are to use"
         )

@@ -4,10 +4,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from fleetwire_server.deploy.bundle import Bundle
+from fleetwire_server.deploy.bundle import Bundle, require_bundle
+from fleetwire_server.deploy.errors import deploy_error
 from fleetwire_server.deploy.host_keys import HostKeyRule, PublicKey
+from fleetwire_server.deploy.install_script import reachable_url
 from fleetwire_server.deploy.plan import Profile
 from fleetwire_server.model import HostKey
+from fleetwire_shared.errors import ConflictError, UnavailableError
+
+_STEP = "server"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +52,36 @@ class Deployed:
     agent_id: str
     key: str = field(repr=False)
     host_key: str  # fingerprint
+
+
+def build_terms(
+    *,
+    bundle: Bundle | None,
+    public_url: str,
+    tls_pin: str | None,
+    key_directory: Path,
+    known_hosts: Path,
+    host_key_rule: HostKeyRule,
+) -> Terms:
+    """Return the terms of a server with these settings.
+
+    Raises:
+        DeployError: it carries no agent, or has no URL that hosts can dial."""
+    try:
+        server_url = reachable_url(public_url)
+        carried = require_bundle(bundle)
+    except ConflictError as err:
+        raise deploy_error(_STEP, "public_url", err.message) from err
+    except UnavailableError as err:
+        raise deploy_error(_STEP, "no_bundle", err.message) from err
+    return Terms(
+        bundle=carried,
+        server_url=server_url,
+        tls_pin=tls_pin,
+        key_directory=key_directory,
+        known_hosts=known_hosts,
+        host_key_rule=host_key_rule,
+    )
 
 
 class ServerSide(Protocol):

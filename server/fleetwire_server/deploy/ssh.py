@@ -227,6 +227,8 @@ class SshHost:
                 step, "timeout", f"{self.login.where} was not done with it within {seconds:.0f} s: look at its load"
             ) from err
         except asyncssh.ChannelOpenError as err:
+            if self._connection.is_closed():
+                raise self._lost(step, err) from err
             raise deploy_error(step, "no_shell", f"{self.login.where} runs no commands: {err.reason}") from err
         except (asyncssh.Error, OSError) as err:
             raise self._lost(step, err) from err

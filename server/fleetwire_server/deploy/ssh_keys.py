@@ -9,7 +9,6 @@ import asyncssh
 
 from fleetwire_server.deploy.errors import DeployError, deploy_error
 from fleetwire_server.deploy.host_keys import PublicKey, is_fingerprint
-from fleetwire_shared.errors import InvalidError
 
 STEP = "key"
 MAX_KEY_BYTES = 64 * 1024
@@ -96,16 +95,18 @@ def parse_expected_key(text: str) -> PublicKey:
     """Return what a request's `host_key` means: a fingerprint, or a line as in a host's *.pub or known_hosts.
 
     Raises:
-        InvalidError: it is neither."""
+        DeployError: it is neither."""
     stripped = text.strip()
     if is_fingerprint(stripped):
         return PublicKey("", stripped)
     try:
         return public_key_of(asyncssh.import_public_key(stripped))
     except (asyncssh.KeyImportError, ValueError) as err:
-        raise InvalidError(
-            "host_key: must be a fingerprint (SHA256:…) or a public key (ssh-ed25519 AAAA…), as ssh-keygen -lf and"
-            " the host's /etc/ssh/ssh_host_*.pub have them"
+        raise deploy_error(
+            "host_key",
+            "host_key_invalid",
+            "host_key must be a fingerprint (SHA256:…) or a public key (ssh-ed25519 AAAA…), as ssh-keygen -lf and"
+            " the host's /etc/ssh/ssh_host_*.pub have them",
         ) from err
 
 

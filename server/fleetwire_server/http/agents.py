@@ -10,6 +10,7 @@ from fleetwire_server.core.metrics import report_document
 from fleetwire_server.core.tokens import hash_token, new_agent_key, new_key_for
 from fleetwire_server.deploy.install_script import build_install_command
 from fleetwire_server.http.agent_socket import CLOSE_KEY_REVOKED
+from fleetwire_server.http.audit import audit_entry
 from fleetwire_server.http.bodies import (
     AgentAnswer,
     AgentDetail,
@@ -25,8 +26,10 @@ from fleetwire_server.http.bodies import (
 )
 from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS, answer, parse_query, read_json
 from fleetwire_server.keys import CHANNELS, CONFIG, INGEST, METRICS, NOW, REQUESTS, SESSIONS, STORE, STREAMS, TLS_PIN
-from fleetwire_server.model import Agent, AgentKey
+from fleetwire_server.model import Agent, AgentKey, AuditEntry
 from fleetwire_server.storage import agents, commands
+from fleetwire_server.storage.audit import add_entry, audited
+from fleetwire_server.storage.store import Connection
 from fleetwire_shared.errors import ForbiddenError, InvalidError, NotFoundError
 from fleetwire_shared.messages import MetricsReport, Uninstall, Uninstalled
 
@@ -75,7 +78,8 @@ async def enrol_agent(request: web.Request) -> web.Response:
     now = request.app[NOW]()
     agent = Agent(id=agent_id, label=body.label, tags=tuple(dict.fromkeys(body.tags)), created_at=now)
     agent_key = AgentKey(key_hash=hash_token(key), agent_id=agent_id, created_at=now, expires_at=None)
-    await request.app[STORE].write(partial(agents.add_agent, agent=agent, key=agent_key))
+    entry = audit_entry(request, "agent.enrolled", agent_id, label=body.label)
+    await request.app[STORE].write(audited(partial(agents.add_agent, agent=agent, key=agent_key), entry))
     request.app[INGEST].announce_agent(agent_id, "pending")
     return answer(_enrol_answer(request, agent_id, key), status=201)
 
@@ -97,7 +101,9 @@ async def rotate_key(request: web.Request) -> web.Response:
     agent = await require_agent(request)
     key, now = new_key_for(agent.id), request.app[NOW]()
     agent_key = AgentKey(key_hash=hash_token(key), agent_id=agent.id, created_at=now, expires_at=None)
-    await request.app[STORE].write(partial(agents.rotate_key, key=agent_key, others_expire_at=now + body.grace_seconds))
+    rotate = partial(agents.rotate_key, key=agent_key, others_expire_at=now + body.grace_seconds)
+    entry = audit_entry(request, "agent.key_rotated", agent.id, grace_seconds=body.grace_seconds)
+    await request.app[STORE].write(audited(rotate, entry))
     session = request.app[SESSIONS].get(agent.id)
     if session is not None:  # it was let in by an old key: with the new one the agent will have a link of its own
         close = partial(session.link.close, CLOSE_KEY_REVOKED, "the key was replaced")
@@ -118,16 +124,31 @@ async def delete_agent(request: web.Request) -> web.Response:
     agent_id = request.match_info["agent_id"]
     if query.uninstall:
         await _uninstall(request)
-    if not await request.app[STORE].write(partial(agents.delete_agent, agent_id=agent_id)):
+    action = "agent.uninstalled" if query.uninstall else "agent.deleted"
+    if not await remove_agent(request.app, agent_id, audit_entry(request, action, agent_id)):
         raise NotFoundError(f"there is no agent {agent_id}; GET /api/agents lists those there are")
-    session = request.app[SESSIONS].forget(agent_id)
+    return answer(DeletionAnswer(status="deleted", uninstalled=query.uninstall))
+
+
+async def remove_agent(app: web.Application, agent_id: str, entry: AuditEntry) -> bool:
+    """Remove an agent, record that, and end all that is open of it; return whether it was there."""
+
+    def remove(connection: Connection) -> bool:
+        was_there = agents.delete_agent(connection, agent_id)
+        if was_there:
+            add_entry(connection, entry)
+        return was_there
+
+    if not await app[STORE].write(remove):
+        return False
+    session = app[SESSIONS].forget(agent_id)
     if session is not None:
         session.link.close(CLOSE_KEY_REVOKED, "the agent was deleted")
-    request.app[STREAMS].end_agent(agent_id, "the agent was deleted")
-    await request.app[CHANNELS].close_agent(agent_id)
-    request.app[METRICS].forget(agent_id)
-    request.app[INGEST].announce_agent(agent_id, "deleted")
-    return answer(DeletionAnswer(status="deleted", uninstalled=query.uninstall))
+    app[STREAMS].end_agent(agent_id, "the agent was deleted")
+    await app[CHANNELS].close_agent(agent_id)
+    app[METRICS].forget(agent_id)
+    app[INGEST].announce_agent(agent_id, "deleted")
+    return True
 
 
 async def _uninstall(request: web.Request) -> None:

@@ -7,7 +7,7 @@ from msgspec import Meta, Struct
 
 from fleetwire_server.core.sessions import AgentStatus
 from fleetwire_server.core.usernames import USERNAME_PATTERN
-from fleetwire_server.model import CommandStatus, Role
+from fleetwire_server.model import CommandStatus, DeploymentStatus, HostStatus, Role
 from fleetwire_shared.limits import (
     COMMAND_TIMEOUT_DEFAULT_SECONDS,
     COMMAND_TIMEOUT_MAX_SECONDS,
@@ -23,6 +23,8 @@ TEXT = rf"^[^\x00-\x1f\x7f]*{END}"
 NO_NUL = rf"^[^\x00]*{END}"
 USERNAME = f"^{USERNAME_PATTERN}{END}"
 UNIT = rf"^[A-Za-z0-9:_.\\@-]+{END}"
+HOST = rf"^[A-Za-z0-9._:%-]+{END}"
+SSH_USER = rf"^[A-Za-z0-9._@\\][A-Za-z0-9._@\\$-]*{END}"
 BOOT = rf"^(0|-[1-9][0-9]{{0,5}}|[0-9a-f]{{32}}){END}"
 UNIT_TYPE = rf"^[a-z]+{END}"
 
@@ -31,6 +33,8 @@ PATTERN_WORDS = {
     NO_NUL: "without NUL characters",
     USERNAME: "out of A-Z a-z 0-9 . _ @ - that begins with a letter or digit and has at most 64 characters",
     UNIT: "that is the name of a systemd unit",
+    HOST: "that is the name or the address of a host",
+    SSH_USER: "that is the name of a user on the host",
     BOOT: "that is 0 for the last boot, -1 for the one before it and so on, or the 32 hexadecimal digits of a boot id",
     UNIT_TYPE: "that is a type of systemd's units, such as service",
 }
@@ -46,6 +50,33 @@ Password = Annotated[str, Meta(min_length=8, max_length=1024)]
 Percent = Annotated[float, Meta(ge=0, le=100)]
 ShortText = Annotated[str, Meta(max_length=255)]
 FilePath = Annotated[str, Meta(min_length=1, max_length=MAX_PATH_BYTES, description="Absolute path on the host.")]
+HostName = Annotated[str, Meta(min_length=1, max_length=253, pattern=HOST, description="Name or address.")]
+Port = Annotated[int, Meta(ge=1, le=65_535)]
+SshUser = Annotated[str, Meta(min_length=1, max_length=64, pattern=SSH_USER)]
+SshKeyPath = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=1024,
+        pattern=TEXT,
+        description="File on the server, within its key directory (`ssh_key_dir`).",
+    ),
+]
+Profile = Annotated[
+    Literal["manage", "monitor"],
+    Meta(description="`manage` runs as root; `monitor` without rights, and takes no commands."),
+]
+SudoPassword = Annotated[str, Meta(min_length=1, max_length=1024, pattern=TEXT, description="Not kept.")]
+ExpectedHostKey = Annotated[
+    str,
+    Meta(
+        min_length=1,
+        max_length=8192,
+        pattern=TEXT,
+        description="Public key or SHA256: fingerprint that the host must show.",
+    ),
+]
+Replace = Annotated[bool, Meta(description="Put this agent in the place of one that the host has.")]
 
 
 # ---------------------------------------------------------------- logins and users
@@ -176,6 +207,130 @@ class ReportRequest(Struct, kw_only=True):
 class ReportAnswer(Struct, kw_only=True):
     status: str
     pending_commands: int
+
+
+# ---------------------------------------------------------------- deployments over SSH
+
+
+class DeployRequest(Struct, kw_only=True):
+    host: HostName
+    ssh_user: SshUser = "root"
+    ssh_port: Port = 22
+    ssh_key: SshKeyPath | None = None
+    label: Label | None = None
+    tags: Tags = []
+    profile: Profile = "manage"
+    sudo_password: SudoPassword | None = None
+    host_key: ExpectedHostKey | None = None
+    replace: Replace = False
+
+
+class DeployAnswer(Struct, kw_only=True):
+    """The agent has dialled in. The key is shown this once; the host has it."""
+
+    agent_id: str
+    key: str
+    status: Literal["deployed"]
+    deployment_id: str
+    host_key: Annotated[str, Meta(description="Fingerprint of the key the host showed.")]
+
+
+class DeploymentHostRequest(Struct, kw_only=True):
+    """One host; what is left out is as for all."""
+
+    host: HostName
+    ssh_user: SshUser | None = None
+    ssh_port: Port | None = None
+    ssh_key: SshKeyPath | None = None
+    label: Label | None = None
+    tags: Tags | None = None
+    profile: Profile | None = None
+    sudo_password: SudoPassword | None = None
+    host_key: ExpectedHostKey | None = None
+    replace: Replace | None = None
+
+
+class DeploymentRequest(Struct, kw_only=True):
+    hosts: Annotated[list[DeploymentHostRequest], Meta(min_length=1, max_length=200)]
+    ssh_user: SshUser = "root"
+    ssh_port: Port = 22
+    ssh_key: SshKeyPath | None = None
+    tags: Tags = []
+    profile: Profile = "manage"
+    sudo_password: SudoPassword | None = None
+    replace: Replace = False
+
+
+class DeploymentStartedHost(Struct, kw_only=True):
+    host: str
+    port: int
+    status: HostStatus
+
+
+class DeploymentStarted(Struct, kw_only=True):
+    deployment_id: str
+    hosts: list[DeploymentStartedHost]
+
+
+class DeploymentListed(Struct, kw_only=True):
+    deployment_id: str
+    status: DeploymentStatus
+    created_at: float
+    created_by: str
+    finished_at: float | None
+    hosts: int
+    deployed: int
+    failed: int
+
+
+class DeploymentHostAnswer(Struct, kw_only=True):
+    host: str
+    port: int
+    ssh_user: str
+    label: str
+    profile: str
+    status: HostStatus
+    agent_id: str | None
+    host_key: str | None
+    step: Annotated[str, Meta(description="At which it failed.")] | None
+    reason: str | None
+    detail: str | None
+    started_at: float | None
+    finished_at: float | None
+
+
+class DeploymentAnswer(Struct, kw_only=True):
+    deployment_id: str
+    status: DeploymentStatus
+    created_at: float
+    created_by: str
+    finished_at: float | None
+    hosts: list[DeploymentHostAnswer]
+
+
+class HostKeyAnswer(Struct, kw_only=True):
+    host: str
+    port: int
+    public_key: str
+    fingerprint: str
+    pinned_at: float
+    pinned_by: str
+
+
+class AuditQuery(Struct, kw_only=True):
+    limit: Annotated[int, Meta(ge=1, le=1000)] = 100
+    before: Annotated[int, Meta(ge=1, le=2**53, description="Only entries older than the one of this id.")] | None = (
+        None
+    )
+
+
+class AuditAnswer(Struct, kw_only=True):
+    id: int
+    at: float
+    actor: str
+    action: str
+    subject: str
+    detail: dict[str, Any]
 
 
 # ---------------------------------------------------------------- commands

@@ -6,13 +6,16 @@ from aiohttp import web
 
 from fleetwire_server.deploy.bundle import require_bundle
 from fleetwire_server.deploy.install_script import build_install_script, reachable_url
+from fleetwire_server.http.bodies import InstallQuery
 from fleetwire_server.http.guard import ROUTE, read_agent_key
+from fleetwire_server.http.requests import parse_query
 from fleetwire_server.http.route import Media
 from fleetwire_server.keys import BUNDLE, CONFIG, TLS_PIN
 
 
 async def send_install_script(request: web.Request) -> web.Response:
     """The guard has checked the key. The server's address comes from the settings, never from the request."""
+    parse_query(request, InstallQuery)  # refuses one that is ambiguous
     script = build_install_script(
         reachable_url(request.app[CONFIG].public_url),
         read_agent_key(request, request[ROUTE]),

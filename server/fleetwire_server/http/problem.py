@@ -4,7 +4,9 @@ from http import HTTPStatus
 
 import msgspec
 from aiohttp import web
+from msgspec import UNSET, UnsetType
 
+from fleetwire_server.deploy.errors import DeployError
 from fleetwire_shared.errors import (
     ConflictError,
     FleetwireError,
@@ -53,6 +55,16 @@ class Problem(msgspec.Struct, kw_only=True):
     request_id: str  # to find it in the server's log
 
 
+class DeployProblem(Problem, kw_only=True):
+    """Why a host was not deployed to."""
+
+    step: str  # at which it failed
+    reason: str  # stable; for programs
+    agent_id: str | UnsetType = UNSET  # already_managed: of the agent that is there, where that could be read
+    expected_fingerprint: str | UnsetType = UNSET  # host_key_changed
+    shown_fingerprint: str | UnsetType = UNSET  # host_key_changed, host_key_unknown
+
+
 def problem_response(error: FleetwireError, request_id: str) -> web.Response:
     status = STATUS_BY_CODE.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
     headers = {}
@@ -64,14 +76,19 @@ def problem_response(error: FleetwireError, request_id: str) -> web.Response:
         headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, RangeError) and error.size_bytes is not None:
         headers["Content-Range"] = f"bytes */{error.size_bytes}"
-    return _response(status, error.code, error.message, request_id, headers)
+    problem = _problem(status, error.code, error.message, request_id)
+    if isinstance(error, DeployError):
+        members = msgspec.structs.asdict(problem) | {"step": error.step, "reason": error.reason} | dict(error.more)
+        problem = msgspec.convert(members, DeployProblem)
+    return _response(problem, headers)
 
 
 def http_problem_response(error: web.HTTPException, request_id: str) -> web.Response:
     """Return aiohttp's own refusals (no such route, method, too large) in the same shape."""
     headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
     code = _CODE_BY_STATUS.get(error.status, HTTPStatus(error.status).phrase.lower().replace(" ", "_"))
-    return _response(HTTPStatus(error.status), code, _DETAIL.get(error.status, error.reason), request_id, headers)
+    detail = _DETAIL.get(error.status, error.reason)
+    return _response(_problem(HTTPStatus(error.status), code, detail, request_id), headers)
 
 
 _DETAIL = {
@@ -83,13 +100,16 @@ _DETAIL = {
 
 def internal_problem_response(request_id: str) -> web.Response:
     detail = "internal error; the server's log has more under this request id"
-    return _response(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", detail, request_id, {})
+    return _response(_problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", detail, request_id), {})
 
 
-def _response(status: HTTPStatus, code: str, detail: str, request_id: str, headers: dict[str, str]) -> web.Response:
-    problem = Problem(title=status.phrase, status=status.value, code=code, detail=detail, request_id=request_id)
+def _problem(status: HTTPStatus, code: str, detail: str, request_id: str) -> Problem:
+    return Problem(title=status.phrase, status=status.value, code=code, detail=detail, request_id=request_id)
+
+
+def _response(problem: Problem, headers: dict[str, str]) -> web.Response:
     return web.Response(
-        status=status.value,
+        status=problem.status,
         body=msgspec.json.encode(problem),
         content_type="application/problem+json",
         headers=headers | {"Cache-Control": "no-store"},

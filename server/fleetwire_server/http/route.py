@@ -46,6 +46,7 @@ class Route:
     answer: object | None = None  # a type that msgspec knows
     answer_media: Media = Media.JSON
     status: int = 200
+    is_waiting: bool = False  # for a host: how long it takes says nothing about the server
     is_key_in_query: bool = False  # the agent's key may be in the URL, as `?key=`
 
     @property
@@ -55,4 +56,5 @@ class Route:
     @property
     def is_timed(self) -> bool:
         """Whether how long it takes says something about the server."""
-        return self.answer_media not in (Media.EVENTS, Media.WEBSOCKET, Media.BYTES) and self.body_media is Media.JSON
+        is_plain = self.answer_media not in (Media.EVENTS, Media.WEBSOCKET, Media.BYTES)
+        return is_plain and self.body_media is Media.JSON and not self.is_waiting

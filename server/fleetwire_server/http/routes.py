@@ -8,11 +8,14 @@ from aiohttp import web
 from fleetwire_server.http import (
     agent_socket,
     agents,
+    audit,
     bodies,
     channel_socket,
     commands,
+    deployments,
     docs_page,
     files,
+    host_keys,
     install,
     login,
     metrics,
@@ -24,6 +27,7 @@ from fleetwire_server.http.guard import guarded
 from fleetwire_server.http.route import Media, Policy, Route
 
 AGENT = "/api/agents/{agent_id}"
+DEPLOYMENT = "/api/deployments/{deployment_id}"
 COMMAND = AGENT + "/commands/{command_id}"
 
 ROUTES: tuple[Route, ...] = (
@@ -196,6 +200,76 @@ ROUTES: tuple[Route, ...] = (
         summary="Snapshot over plain HTTP, called by the agent.",
         body=bodies.ReportRequest,
         answer=bodies.ReportAnswer,
+    ),
+    # ------------------------------------------------------------ deployments over SSH
+    Route(
+        method="POST",
+        path="/api/agents/deploy",
+        handler=deployments.deploy_agent,
+        policy=Policy.ADMIN,
+        summary="Install an agent on a host over SSH; answers when it has dialled in.",
+        body=bodies.DeployRequest,
+        answer=bodies.DeployAnswer,
+        is_waiting=True,
+    ),
+    Route(
+        method="POST",
+        path="/api/deployments",
+        handler=deployments.start_deployment,
+        policy=Policy.ADMIN,
+        summary="Install agents on up to 200 hosts over SSH, ten at a time.",
+        body=bodies.DeploymentRequest,
+        answer=bodies.DeploymentStarted,
+        status=202,
+    ),
+    Route(
+        method="GET",
+        path="/api/deployments",
+        handler=deployments.list_deployments,
+        policy=Policy.ADMIN,
+        summary="The last 100 deployments, newest first.",
+        answer=list[bodies.DeploymentListed],
+    ),
+    Route(
+        method="GET",
+        path=DEPLOYMENT,
+        handler=deployments.show_deployment,
+        policy=Policy.ADMIN,
+        summary="One deployment with what became of each host.",
+        answer=bodies.DeploymentAnswer,
+    ),
+    Route(
+        method="GET",
+        path=DEPLOYMENT + "/stream",
+        handler=deployments.stream_deployment,
+        policy=Policy.ADMIN,
+        summary="The steps of a deployment, from its first one on.",
+        answer_media=Media.EVENTS,
+    ),
+    Route(
+        method="GET",
+        path="/api/host-keys",
+        handler=host_keys.list_host_keys,
+        policy=Policy.ADMIN,
+        summary="Keys of SSH servers that were pinned when they were first deployed to.",
+        answer=list[bodies.HostKeyAnswer],
+    ),
+    Route(
+        method="DELETE",
+        path="/api/host-keys/{host}/{port}",
+        handler=host_keys.remove_host_key,
+        policy=Policy.ADMIN,
+        summary="Forget a host's key, so that its next one is accepted.",
+        answer=bodies.StatusAnswer,
+    ),
+    Route(
+        method="GET",
+        path="/api/audit",
+        handler=audit.list_audit,
+        policy=Policy.ADMIN,
+        summary="Who did what, newest first.",
+        query=bodies.AuditQuery,
+        answer=list[bodies.AuditAnswer],
     ),
     # ------------------------------------------------------------ commands
     Route(

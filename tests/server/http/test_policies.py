@@ -33,6 +33,9 @@ IDS = {
     "command_id": "cmd_unknown",
     "channel_id": "ch_unknown",
     "name": "unknown",
+    "deployment_id": "dep_unknown",
+    "host": "unknown",
+    "port": "22",
 }
 
 

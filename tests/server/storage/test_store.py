@@ -309,7 +309,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     disk.mkdir()
     if os.geteuid() != 0:
         pytest.skip("only root may mount")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=False, capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=False, capture_output=True)
     if mounted.returncode != 0:
         pytest.skip("tmpfs cannot be mounted here")
     try:
@@ -320,7 +320,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 async def test_a_full_disk_is_told_reads_work_and_writes_come_back(small_disk: Path) -> None:
     def fill(connection: Connection) -> None:
-        connection.execute(text("UPDATE users SET password_hash = :much WHERE name = 'ada'"), {"much": "x" * 4_000_000})
+        connection.execute(text("UPDATE users SET password_hash = :much WHERE name = 'ada'"), {"much": "x" * 6_000_000})
 
     async with running_store(f"sqlite:///{small_disk}/fleetwire.db") as store:
         await store.write(add("ada"))
