@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +33,8 @@ OPERATIONS = (ROOT / "docs/operations.md").read_text()
 CODES_OF_STATUSES = ("method_not_allowed", "unsupported_media_type", "internal")
 """Codes of refusals that are no domain error of ours."""
 
+_PATH = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
 _LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -59,6 +62,11 @@ def list_cli_commands(group: click.Group, prefix: str = "fleetwire-server") -> I
             yield from list_cli_commands(command, path)
         else:
             yield path
+
+
+def list_agent_commands() -> list[str]:
+    usage = subprocess.run(["fleetwire-agent", "--help"], capture_output=True, text=True, check=True, env=_PATH).stdout
+    return [f"fleetwire-agent {name}" for name in re.findall(r"^    ([a-z-]+)\b", usage, re.MULTILINE)]
 
 
 def list_event_names() -> list[str]:
@@ -133,7 +141,7 @@ def test_every_agent_setting_is_described_with_its_variable(name: str) -> None:
     assert re.search(rf"^\| `{name}` \| [^|]*\| `{ENVIRONMENT_PREFIX}{name.upper()}` \|", OPERATIONS, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [*list_cli_commands(root), "fleetwire-agent run"])
+@pytest.mark.parametrize("command", [*list_cli_commands(root), *list_agent_commands()])
 def test_every_command_of_the_command_lines_is_described(command: str) -> None:
     assert re.search(rf"^\| `{command}[ `]", OPERATIONS, re.MULTILINE)
 

@@ -5,6 +5,7 @@ After a failure a new host is as if nothing had been, and an upgraded one runs w
 import asyncio
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from tests.e2e.conftest import BootHost
 from tests.support.api import Api
 from tests.support.bundles import build_bundle
+from tests.support.eventually import eventually
 from tests.support.hosts import Host
 from tests.support.installed import traces
 
@@ -65,7 +67,7 @@ async def make_subject(host: Host, api: Api) -> Subject:
     return subject
 
 
-@pytest.mark.parametrize("init", ["systemd", "openrc", "none"])
+@pytest.mark.parametrize("init", ["systemd", "none"])
 async def test_what_is_interrupted_is_undone_and_what_is_killed_is_mended(
     init: str, boot_host: BootHost, e2e_api: Api
 ) -> None:
@@ -79,7 +81,7 @@ async def test_what_is_interrupted_is_undone_and_what_is_killed_is_mended(
         await subject.run(script.replace("python3 -I", "setsid -w python3 -I", 1))
         status = subject.host.exec("cat /root/status").stdout.strip()
         assert subject.traces() == [], f"{signal} after {after_seconds} s: {status}"
-    for after_seconds in (0.8, 1.1, 1.4):
+    for after_seconds in (1.0, 1.4):
         script = f"({subject.line()}) >/dev/null & sleep {after_seconds}; pkill -KILL -f '^python3 -I {BUNDLE} install'"
         await subject.run(f"{script}; wait; echo '{{\"result\": null}}'")
         answer = await subject.install()
@@ -93,10 +95,12 @@ async def test_what_is_interrupted_is_undone_and_what_is_killed_is_mended(
 async def test_two_at_once_and_a_reader_that_is_gone(boot_host: BootHost, e2e_api: Api, tmp_path: Path) -> None:
     subject = await make_subject(boot_host("trixie"), e2e_api)
     subject.put(CARRIED_BUNDLE, "/root/other.pyz")
-    first, second = await asyncio.gather(
-        subject.run(subject.line()), subject.run(f"sleep 0.6; {subject.line(bundle='/root/other.pyz')}")
-    )
-    assert (first["result"], second["reason"]) == ("installed", "busy")
+    lines = (subject.line(), subject.line(bundle="/root/other.pyz"))
+    answers = await asyncio.gather(*(subject.run(line) for line in lines))
+    assert sorted((answer["result"], answer["reason"]) for answer in answers) == [
+        ("failed", "busy"),
+        ("installed", None),
+    ]
     assert (await subject.install())["result"] == "unchanged"
 
     build_bundle(tmp_path / "mute.pyz", version="0.6.0", main_end=NEVER_CONNECTS)
@@ -110,7 +114,7 @@ async def test_two_at_once_and_a_reader_that_is_gone(boot_host: BootHost, e2e_ap
 async def test_a_disk_that_fills_half_way_leaves_nothing(boot_host: BootHost, e2e_api: Api) -> None:
     subject = await make_subject(boot_host("bookworm", disk_mib=64), e2e_api)
     reasons = set()
-    for after_seconds in (0.0, 0.9, 1.1, 1.3):
+    for after_seconds in (0.0, 0.9, 1.2):
         fill = f"sleep {after_seconds}; head -c 100M /dev/zero >/var/filler 2>/dev/null"
         script = f"({fill}) & {subject.line('--wait-seconds', '3')} >/run/said; wait; rm /var/filler; cat /run/said"
         answer = await subject.run(script.replace("/root/key", "/run/key"))
@@ -132,10 +136,11 @@ async def test_a_version_that_does_not_work_goes_back_whatever_starts_it(
     before = (await subject.install())["version"]
     kept = "sha256sum /etc/fleetwire/* /usr/local/bin/fleetwire-agent; readlink /opt/fleetwire-agent/current"
     was = subject.host.exec(kept).stdout
-    for name, end, words in (("dies", DIES, "dies on purpose"), ("mute", NEVER_CONNECTS, "did not connect")):
+    bad = (("dies", DIES, "dies on purpose"), ("mute", NEVER_CONNECTS, "did not connect"))
+    for name, end, words in bad if init == "systemd" else bad[:1]:
         version = build_bundle(tmp_path / name, version="0.5.0", main_end=end)
         subject.put(tmp_path / name)
-        answer = await subject.install("--wait-seconds 4", "--profile monitor", expect=1)
+        answer = await subject.install("--wait-seconds 3", "--profile monitor", expect=1)
         assert answer["reason"] == "not_connected"
         assert words in answer["detail"]
         assert answer["detail"].endswith(f"version {before} is connected again")
@@ -147,7 +152,7 @@ async def test_a_version_that_does_not_work_goes_back_whatever_starts_it(
     # A profile is changed both ways, and its user comes and goes.
     subject.put(CARRIED_BUNDLE)
     await subject.install("--profile monitor")
-    owner = subject.host.exec("stat -c %U /var/lib/fleetwire-agent /proc/$(pgrep -f 'current run')").stdout
+    owner = subject.host.exec("stat -c %U /var/lib/fleetwire-agent /proc/$(pgrep -f '[c]urrent run')").stdout
     assert owner == "fleetwire-agent\n" * 2
     assert (await subject.install())["result"] == "unchanged", "the profile stays as it is"
     await subject.install("--profile manage")
@@ -166,5 +171,6 @@ async def test_a_hostile_environment_changes_nothing(boot_host: BootHost, e2e_ap
     wrong = r"find /opt/fleetwire-agent \( -type f ! -perm 644 -o -type d ! -perm 755 \)"
     assert subject.host.exec(wrong).stdout == ""
     assert subject.host.exec("stat -c %a /etc/fleetwire /etc/fleetwire/agent.key").stdout == "700\n600\n"
-    agent = await e2e_api.get(f"/api/agents/{subject.agent_id}")
-    assert (agent["status"], agent["metrics"]["cpu_percent"] is not None) == ("online", True)
+    # The native module could not be mapped from there; it is loaded through memory.
+    read = partial(e2e_api.get, f"/api/agents/{subject.agent_id}")
+    await eventually(read, lambda agent: agent["status"] == "online" and agent["metrics"] is not None)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -270,6 +271,7 @@ class OpenRc(_Supervised):
         call("rc-update", "delete", "fleetwire-agent", "default", may_fail=True)
         if is_leaving and INIT_SCRIPT.exists():
             call("rc-service", "fleetwire-agent", "zap", may_fail=True)  # else it stays there as crashed
+        shutil.rmtree("/run/openrc/options/fleetwire-agent", ignore_errors=True)  # of supervise-daemon
         return _remove_files((INIT_SCRIPT,))
 
     def leave(self) -> None:

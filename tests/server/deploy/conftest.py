@@ -136,13 +136,13 @@ async def _run_command(process: asyncssh.SSHServerProcess[bytes], command: str) 
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
-        await child.wait()
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         for task in tasks:
             if not task.cancelled():
                 task.exception()  # looked at: the connection was cut
+        await child.communicate()  # reads what is in its pipes: with that left there, it would never count as ended
 
 
 async def _pump_in(process: asyncssh.SSHServerProcess[bytes], stdin: asyncio.StreamWriter) -> None:
