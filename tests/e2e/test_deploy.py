@@ -130,7 +130,9 @@ async def test_each_failure_is_told_and_leaves_nothing(boot_host: BootHost, api:
         problem = await refused(api, order(host) | {"ssh_key": str(other_key)}, 502, "ssh_auth", "root")
         assert "authorized_keys" in problem["detail"]
         # Of the rights there.
-        await refused(api, order(host, "nosudo"), 502, "no_sudo", "nosudo")
+        await refused(api, order(host, "nosudo"), 400, "sudo_password", "deploy as root")
+        without = order(host, "nosudo", sudo_password=PASSWORDS["nosudo"])
+        await refused(api, without, 502, "no_sudo", "nosudo")
         await refused(api, order(host, "opspw"), 400, "sudo_password")
         await refused(api, order(host, "opspw", sudo_password="wrong"), 400, "sudo_password")
         assert rests(host) == []
@@ -162,7 +164,7 @@ async def test_host_keys_are_pinned_and_a_changed_one_is_refused(
     wrong = "SHA256:" + "A" * 43
     problem = await refused(api, order(host, host_key=wrong), 409, "host_key_changed", wrong, shown)
     # Seen once, and pinned even though what came next failed.
-    await refused(api, order(host, "nosudo"), 502, "no_sudo")
+    await refused(api, order(host, "nosudo"), 400, "sudo_password")
     assert [key["fingerprint"] for key in await api.get("/api/host-keys")] == [shown]
     host.exec(
         "rm /etc/ssh/ssh_host_*; ssh-keygen -q -t ed25519 -N '' -f /etc/ssh/ssh_host_ed25519_key; systemctl restart ssh"
