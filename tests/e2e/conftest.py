@@ -24,6 +24,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_HERE):
             item.add_marker("e2e")
+    items.sort(key=_longest_first)  # of several at once, none is left to run alone at the end
+
+
+def _longest_first(item: pytest.Item) -> float:
+    limit = item.get_closest_marker("timeout")
+    return 0.0 if limit is None else -float(limit.args[0])
 
 
 class E2eServer(ServerProcess):

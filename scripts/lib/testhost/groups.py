@@ -1,5 +1,6 @@
 """A cgroup2 group for each host: what it started can be found and killed, whoever else has crashed."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -49,6 +50,9 @@ def kill_group(group: Path) -> None:
     except FileNotFoundError:  # Linux before 5.14
         for pid in list_processes(group):
             os.kill(pid, signal.SIGKILL)
+    except OSError as err:
+        if err.errno != errno.ENODEV:  # removed meanwhile, so nothing was left in it
+            raise
     wait_until(lambda: not list_processes(group), f"the end of all processes in {group}", _KILL_SECONDS)
 
 
