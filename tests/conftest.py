@@ -12,9 +12,11 @@ from typing import Protocol, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, settings
+from scripts.lib.testhost.programs import find_obstacles
 from tests.support.api import Api
 from tests.support.host_fixtures import (  # noqa: F401 - fixtures, for all tests
     HOSTS,
+    NO_HOSTS,
     OBSTACLES,
     agent_bundle,
     agent_host,
@@ -64,9 +66,18 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if obstacles := config.stash[OBSTACLES]:
+    if obstacles := _obstacles_met(terminalreporter, config):
         terminalreporter.section("NOT TESTED ON REAL HOSTS", sep="!", red=True, bold=True)
         terminalreporter.line(f"This machine can boot none: {' '.join(obstacles)}", red=True)
+
+
+def _obstacles_met(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> list[str]:
+    """Return what kept tests from their hosts; of tests that ran in other processes, only that they were skipped is
+    known here."""
+    skipped = terminalreporter.stats.get("skipped", ())
+    if not config.stash[OBSTACLES] and any(NO_HOSTS in str(report.longrepr) for report in skipped):
+        return find_obstacles()
+    return config.stash[OBSTACLES]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
+from fleetwire_agent.install.layout import CREDENTIALS, UNIT_NAME
 from fleetwire_shared.errors import (
     ConflictError,
     FleetwireError,
@@ -31,6 +32,8 @@ BATCH_BYTES = 8 * CHUNK_BYTES
 
 MAX_UNSIZED_BYTES = 64 * 1024 * 1024
 """Of a file whose size only reading tells; some of /proc and /sys never end."""
+
+_OWN_CREDENTIALS = (f"/run/credentials/{UNIT_NAME}/", f"{CREDENTIALS}/")
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -66,10 +69,18 @@ def open_regular(path: str) -> int:
         raise error_from_os(err, path) from err
     try:
         _require_regular(path, os.fstat(descriptor))  # it may have been replaced in between
+        _refuse_own_key(path, descriptor)
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
+
+
+def _refuse_own_key(path: str, descriptor: int) -> None:
+    """Raise ForbiddenError for the agent's own credentials, which its user can read: with them anybody could pose as
+    this agent. By what the kernel calls the open file, whichever links led to it."""
+    if str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith(_OWN_CREDENTIALS):
+        raise ForbiddenError(f"{path} holds the agent's own key or settings, which it hands to nobody")
 
 
 def error_from_os(err: OSError, path: str) -> FleetwireError:

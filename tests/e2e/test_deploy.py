@@ -12,6 +12,8 @@ from tests.support.api import Api
 from tests.support.hosts import PASSWORDS, SSH_KEY, Host
 from tests.support.installed import run, traces
 
+from fleetwire_server.deploy.plan import Plan, build_clean_up
+
 
 def settings(tmp_path: Path, **more: str) -> dict[str, str]:
     """The server's settings: the key directory is that of the hosts' key, and no known_hosts of this machine counts."""
@@ -186,6 +188,25 @@ async def test_host_keys_are_pinned_and_a_changed_one_is_refused(
         line = host.exec("cat /etc/ssh/ssh_host_ed25519_key.pub").stdout
         (tmp_path / "known_hosts").write_text(f"{host.address} {line}")
         assert (await client.post("/api/agents/deploy", order(host)))["status"] == "deployed"
+
+
+async def test_one_agent_takes_the_place_of_another_only_when_it_is_asked_to(boot_host: BootHost, api: Api) -> None:
+    host = boot_host("trixie")
+    first = (await api.post("/api/agents/deploy", order(host, label="first")))["agent_id"]
+    problem = await api.post("/api/agents/deploy", order(host, label="second"), status=409)
+    assert (problem["reason"], problem["agent_id"]) == ("already_managed", first)
+    second = (await api.post("/api/agents/deploy", order(host, label="second", replace=True)))["agent_id"]
+    await api.wait_for_agent(second)
+    await api.wait_for_agent(first, "offline")
+    # Taking back a deployment whose end is not known never leaves a host without the agent it had.
+    undo = (Plan("login", "/usr/bin/python3"), second)
+    script = build_clean_up("/tmp/nothing", undo, is_replacing=True)
+    assert host.exec(["sh"], input=script).stdout.splitlines() == ["agent=kept", "clean_up=done"]
+    other = (Plan("login", "/usr/bin/python3"), first)
+    for is_replacing in (True, False):
+        script = build_clean_up("/tmp/nothing", other, is_replacing=is_replacing)
+        assert host.exec(["sh"], input=script).stdout == "clean_up=done\n"
+    assert (await api.get(f"/api/agents/{second}"))["status"] == "online"
 
 
 async def test_a_host_without_a_way_back_is_left_as_it_was(

@@ -1,20 +1,9 @@
 """What the README and docs/operations.md tell people to paste on a host, pasted on a host."""
 
-import re
-from pathlib import Path
-
 from tests.e2e.conftest import BootHost
 from tests.support.api import Api
 from tests.support.hosts import Host
-from tests.support.installed import enrol, run, traces
-
-ROOT = Path(__file__).resolve().parents[2]
-
-_BLOCK = re.compile(r"^<!-- on a host: (\w+) -->\n```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-
-
-def blocks_of(page: str) -> dict[str, str]:
-    return dict(_BLOCK.findall((ROOT / page).read_text()))
+from tests.support.installed import blocks_of, enrol, run, traces
 
 
 async def paste(host: Host, block: str, url: str, key: str) -> str:
@@ -25,7 +14,7 @@ async def test_installation_upgrade_and_uninstallation_as_documented(boot_host: 
     host = boot_host("bookworm")
     agent_id, key, _ = await enrol(e2e_api, "documented")
     blocks = blocks_of("docs/operations.md")
-    assert set(blocks) == {"install", "monitor", "status", "upgrade", "uninstall", "purge"}
+    assert set(blocks) == {"install", "monitor", "status", "upgrade", "pinned", "uninstall", "purge"}
     await paste(host, blocks["install"], e2e_api.url, key)
     await e2e_api.wait_for_agent(agent_id)
     assert agent_id in await paste(host, blocks["status"], e2e_api.url, key)

@@ -10,7 +10,7 @@ from tests.e2e.conftest import BootHost, StartE2eServer
 from tests.support.api import Api
 from tests.support.bundles import build_bundle
 from tests.support.eventually import eventually
-from tests.support.installed import enrol, install, make_form, run, traces, wait_for_version, with_options
+from tests.support.installed import blocks_of, enrol, install, make_form, run, traces, wait_for_version, with_options
 
 RELEASES = ("bookworm", "trixie")
 
@@ -55,14 +55,30 @@ async def test_one_line_from_nothing_to_online_and_back(
     assert "up to date" in await run(host, line)
     assert host.exec("systemctl show -P MainPID fleetwire-agent").stdout == pid
 
-    # Away, but for who it is; back as the same one; and away without a trace.
+    # Away, but for who it is; back as the same one; and away without a trace, but for what others have there.
+    host.write("/etc/fleetwire/server.toml", "# of somebody else\n")
+    host.exec("chmod 2775 /usr/local/bin; chmod 755 /etc/fleetwire")
     said = await run(host, line.replace(f"| {shell}", f"| {shell} -s -- --uninstall"))
     assert traces(host) == ["/etc/fleetwire", "/var/lib/fleetwire-agent"], said
     await e2e_api.wait_for_agent(agent_id, "offline")
     await run(host, line)
     await e2e_api.wait_for_agent(agent_id)
     said = await run(host, "fleetwire-agent uninstall --purge")
+    modes = host.exec("stat -c '%a %n' /usr/local/bin /etc/fleetwire /etc/fleetwire/*").stdout.splitlines()
+    assert modes[:2] == ["2775 /usr/local/bin", "755 /etc/fleetwire"]
+    assert [line.split()[1] for line in modes[2:]] == ["/etc/fleetwire/server.toml"]
+    host.exec("rm -r /etc/fleetwire")
     assert traces(host) == [], said
+
+
+async def test_what_lies_in_the_current_directory_is_not_run(boot_host: BootHost, e2e_api: Api) -> None:
+    host = boot_host("bookworm")
+    agent_id, _, line = await enrol(e2e_api, "planted")
+    for module in ("tomllib", "hashlib", "ssl", "json", "zipfile"):
+        host.write(f"/tmp/planted/{module}.py", "open('/root/ran', 'w').close()\n")
+    await run(host, f"cd /tmp/planted; {line}")
+    await e2e_api.wait_for_agent(agent_id)
+    assert not host.exists("/root/ran")
 
 
 async def test_it_says_what_it_would_do_and_does_nothing(boot_host: BootHost, e2e_api: Api) -> None:
@@ -90,13 +106,14 @@ async def test_who_may_use_sudo_installs_it_and_who_may_not_is_told(boot_host: B
 # ---------------------------------------------------------------- upgrades
 
 
+@pytest.mark.parametrize("release", RELEASES)
 async def test_an_upgrade_keeps_who_it_is_and_a_failed_one_goes_back(
-    boot_host: BootHost, start_e2e_server: StartE2eServer, tmp_path: Path
+    release: str, boot_host: BootHost, start_e2e_server: StartE2eServer, tmp_path: Path
 ) -> None:
     served = tmp_path / "served.pyz"
     old = build_bundle(served, version="0.0.1")
     server = start_e2e_server(environment={"FLEETWIRE_AGENT_BUNDLE": str(served)})
-    host = boot_host("bookworm")
+    host = boot_host(release)
     async with Api(server.url) as api:
         await api.login("admin", server.admin_password)
         agent_id = await install(api, host)
@@ -219,8 +236,9 @@ async def test_a_host_with_python_3_9_only_is_told_how_to_come_by_a_newer_one(
 # ---------------------------------------------------------------- profiles
 
 
-async def test_monitor_cannot_do_what_its_user_cannot(boot_host: BootHost, e2e_api: Api) -> None:
-    host = boot_host("bookworm")
+@pytest.mark.parametrize("release", RELEASES)
+async def test_monitor_cannot_do_what_its_user_cannot(release: str, boot_host: BootHost, e2e_api: Api) -> None:
+    host = boot_host(release)
     host.write("/home/ops/secret.txt", "secret\n")
     host.exec("echo public >/srv/public.txt; echo hidden >/srv/hidden.txt")
     host.exec("chmod 644 /home/ops/secret.txt /srv/public.txt; chmod 600 /srv/hidden.txt")
@@ -231,14 +249,20 @@ async def test_monitor_cannot_do_what_its_user_cannot(boot_host: BootHost, e2e_a
     assert host.exec("ps -o user= -p $(systemctl show -P MainPID fleetwire-agent)").stdout.strip().startswith("fleetwi")
 
     assert (await e2e_api.get(f"{path}/files", path="/srv/public.txt")) == "public\n"
+    own_key = "/run/credentials/fleetwire-agent.service/agent-key"  # which its user can read, and hands to nobody
+    host.exec(f"ln -s {own_key} /srv/link-to-key")
     for hidden in (
         "/srv/hidden.txt",
         "/etc/shadow",
         "/etc/fleetwire/agent.key",
         "/root/.bashrc",
         "/home/ops/secret.txt",
+        own_key,
+        f"/proc/self/root{own_key}",
+        "/srv/link-to-key",
     ):
-        assert host.exec(f"test -e {hidden}", check=False).returncode == 0
+        if "key" not in hidden.rpartition("/")[2]:
+            assert host.exec(f"test -e {hidden}", check=False).returncode == 0
         async with e2e_api.open("GET", f"{path}/files", params={"path": hidden}) as response:
             assert response.status in (403, 404), hidden
         async with e2e_api.open("GET", f"{path}/stream/logs", params={"source": "file", "path": hidden}) as response:
@@ -309,3 +333,6 @@ async def test_a_self_signed_certificate_is_pinned(
         await run(host, line)
         await api.wait_for_agent(agent_id)
         assert "tls_pin" in host.exec("cat /etc/fleetwire/agent.toml").stdout
+        # The upgrade, as documented for such servers.
+        said = await run(host, f"set -eu; URL={server.url}\n{blocks_of('docs/operations.md')['pinned']}")
+        assert "up to date" in said

@@ -13,8 +13,11 @@ from tests.support.installed import install, make_form, run
 CUT_SECONDS = 120.0
 
 
-async def test_a_rebooted_host_is_back_and_its_command_is_told_truly(boot_host: BootHost, e2e_api: Api) -> None:
-    host = boot_host("bookworm")
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+async def test_a_rebooted_host_is_back_and_its_command_is_told_truly(
+    release: str, boot_host: BootHost, e2e_api: Api
+) -> None:
+    host = boot_host(release)
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
     boot_id = (await e2e_api.get(path))["agent"]["boot_id"]
@@ -45,8 +48,11 @@ async def test_a_rebooted_host_is_back_and_its_command_is_told_truly(boot_host: 
 
 
 @pytest.mark.timeout(450)
-async def test_a_network_that_is_cut_for_two_minutes_loses_nothing(boot_host: BootHost, e2e_api: Api) -> None:
-    host = boot_host("trixie")
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+async def test_a_network_that_is_cut_for_two_minutes_loses_nothing(
+    release: str, boot_host: BootHost, e2e_api: Api
+) -> None:
+    host = boot_host(release)
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
     host.write("/var/log/app.log", "line 0\n")
@@ -103,8 +109,9 @@ async def _length(items: list[str]) -> int:
     return len(items)
 
 
-async def test_a_full_disk_on_the_host(boot_host: BootHost, e2e_api: Api, tmp_path: Path) -> None:
-    host = boot_host("bookworm", disk_mib=256)
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+async def test_a_full_disk_on_the_host(release: str, boot_host: BootHost, e2e_api: Api) -> None:
+    host = boot_host(release, disk_mib=256)
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
     host.exec("cat /dev/zero >/srv/filler 2>/dev/null; cat /dev/zero >/var/filler 2>/dev/null; true")
@@ -129,21 +136,32 @@ async def test_a_full_disk_on_the_host(boot_host: BootHost, e2e_api: Api, tmp_pa
     assert host.exec("cat /srv/upload").stdout == "content"
 
 
-async def test_a_clock_that_is_an_hour_behind_changes_nothing(boot_host: BootHost, e2e_api: Api) -> None:
-    host = boot_host("bookworm")
+@pytest.mark.parametrize("release", ["bookworm", "trixie"])
+async def test_a_clock_that_is_an_hour_behind_changes_nothing(release: str, boot_host: BootHost, e2e_api: Api) -> None:
+    host = boot_host(release)
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
     library = host.exec("find / -xdev -name libfaketime.so.1 | head -n 1").stdout.strip()
     assert library
-    offset = "/etc/systemd/system/fleetwire-agent.service.d/clock.conf"
-    host.exec(f"mkdir -p {Path(offset).parent}")
-    # Only the wall clock: a step of the clock does not touch the monotonic one.
-    drop_in = (
-        f"[Service]\nEnvironment=LD_PRELOAD={library}\nEnvironment=FAKETIME=-1h\n"
-        "Environment=FAKETIME_DONT_FAKE_MONOTONIC=1\nEnvironment=DONT_FAKE_MONOTONIC=1\n"
+    drop_in = "/etc/systemd/system/fleetwire-agent.service.d/clock.conf"
+    host.exec(f"mkdir -p {Path(drop_in).parent}")
+    # Only the wall clock: a step of the clock does not touch the monotonic one. Read anew at each look at it, so that
+    # it steps while the agent runs.
+    host.write("/etc/faketime", "+0\n")
+    variables = (
+        f"LD_PRELOAD={library}",
+        "FAKETIME_TIMESTAMP_FILE=/etc/faketime",
+        "FAKETIME_NO_CACHE=1",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1",
+        "DONT_FAKE_MONOTONIC=1",
     )
-    host.write(offset, drop_in)
+    host.write(drop_in, "[Service]\n" + "".join(f"Environment={variable}\n" for variable in variables))
     await run(host, "systemctl daemon-reload && systemctl restart fleetwire-agent")
+    await e2e_api.wait_for_agent(agent_id)
+    running = await e2e_api.submit(agent_id, "sleep 12; echo done", timeout=60)
+    await e2e_api.wait_for_command(agent_id, running, "running")
+    pid = host.exec("systemctl show -P MainPID fleetwire-agent").stdout
+    host.write("/etc/faketime", "-1h\n")
 
     def is_behind(agent: dict[str, object]) -> bool:
         metrics = agent["metrics"]
@@ -154,7 +172,11 @@ async def test_a_clock_that_is_an_hour_behind_changes_nothing(boot_host: BootHos
         )
 
     detail = await eventually(lambda: e2e_api.get(path), is_behind, timeout_seconds=30)
+    assert host.exec("systemctl show -P MainPID fleetwire-agent").stdout == pid
     assert abs(detail["last_seen"] - time.time()) < 30
+    over = await e2e_api.wait_for_command(agent_id, running)
+    assert (over["status"], over["output"]) == ("succeeded", "done\n")
+    assert 11 < over["finished_at"] - over["started_at"] < 20
     command = await e2e_api.run(agent_id, "echo on time; sleep 1")
     assert command["status"] == "succeeded"
     assert command["created_at"] <= command["started_at"] + 0.1

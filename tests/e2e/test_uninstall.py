@@ -47,6 +47,29 @@ async def test_a_deleted_agent_can_be_taken_off_its_host(release: str, boot_host
     assert traces(host) == []
 
 
+async def test_what_could_not_be_removed_is_said_and_removed_the_next_time(boot_host: BootHost, e2e_api: Api) -> None:
+    host = boot_host("bookworm")
+    agent_id = await install(e2e_api, host)
+    path = f"/api/agents/{agent_id}"
+    host.exec("mkdir /root/own; touch /opt/fleetwire-agent/held; chattr +i /opt/fleetwire-agent/held")
+    problem = await e2e_api.delete(f"{path}?uninstall=true", status=503)
+    assert "/opt/fleetwire-agent/held" in problem["detail"]
+    assert "in part" in problem["detail"]
+    assert (await e2e_api.get(path))["status"] == "online"
+    host.exec("chattr -i /opt/fleetwire-agent/held")
+    # The state's directory is a disk of its own: emptied, and left.
+    state = "/var/lib/fleetwire-agent"
+    host.exec(f"mkdir -p {state}; mount -t tmpfs tmpfs {state}; touch {state}/x")
+    assert (await e2e_api.delete(f"{path}?uninstall=true"))["uninstalled"] is True
+    assert host.exec(f"ls -A {state}").stdout == ""
+    host.exec(f"umount {state}; rmdir {state}")
+
+    async def look() -> list[str]:
+        return await asyncio.to_thread(traces, host)
+
+    await eventually(look, lambda found: found == [], timeout_seconds=15)
+
+
 async def test_an_agent_that_only_watches_refuses_to_remove_itself(boot_host: BootHost, e2e_api: Api) -> None:
     host = boot_host("bookworm")
     agent_id = await install(e2e_api, host, "--profile", "monitor")

@@ -16,6 +16,7 @@ from tests.support.processes import ROOT, build_agent_bundle
 
 HOSTS = pytest.StashKey[list[Host]]()
 """Those that run; their consoles are in the report of what fails meanwhile."""
+NO_HOSTS = "no test hosts here"
 OBSTACLES = pytest.StashKey[list[str]]()
 """Why hosts were asked for and not to be had."""
 
@@ -39,7 +40,7 @@ def host_network(request: pytest.FixtureRequest) -> Iterator[str]:
         request.config.stash[OBSTACLES][:] = obstacles
         if os.environ.get("CI") == "true":
             pytest.fail(f"CI must be able to boot test hosts: {' '.join(obstacles)}")
-        pytest.skip(f"no test hosts here: {' '.join(obstacles)}")
+        pytest.skip(f"{NO_HOSTS}: {' '.join(obstacles)}")
     address = operations.hold_network(os.getpid())
     yield address
     operations.release_network(os.getpid())

@@ -1,6 +1,7 @@
 """An agent installed on a real host by its own script, and what it leaves there."""
 
 import asyncio
+import re
 import shlex
 from typing import Any
 
@@ -8,6 +9,7 @@ from aiohttp import FormData
 from tests.support.api import Api
 from tests.support.eventually import eventually
 from tests.support.hosts import Host
+from tests.support.processes import ROOT
 
 PATHS = (
     "/opt/fleetwire-agent",
@@ -25,6 +27,14 @@ _PROBES = (
     "command -v systemctl >/dev/null && systemctl list-units --all --plain --no-legend 'fleetwire*'",
     "ls -d /tmp/fleetwire* /var/tmp/fleetwire* /run/fleetwire* /run/credentials/fleetwire* /home/*/fleetwire*",
 )
+
+
+_BLOCK = re.compile(r"^<!-- on a host: (\w+) -->\n```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks_of(page: str) -> dict[str, str]:
+    """Return what a page of the documentation has people paste on a host, by name."""
+    return dict(_BLOCK.findall((ROOT / page).read_text()))
 
 
 async def enrol(api: Api, label: str) -> tuple[str, str, str]:

@@ -77,6 +77,11 @@ class Changes:
         self._planned.add(path)
         self.do(f"make the directory {path}", lambda: _make_directory(path, mode), lambda: _remove_directory(path))
 
+    def make_missing_directory(self, path: Path, mode: int) -> None:
+        """Make a directory that others use, too: one that is there stays as it is."""
+        if not path.is_dir():
+            self.make_directory(path, mode)
+
     def write_file(self, path: Path, content: bytes, mode: int) -> bool:
         """Replace a file of root; return whether it was another before."""
         if is_file(path, content, mode):

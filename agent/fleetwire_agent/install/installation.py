@@ -279,7 +279,7 @@ def _unpack(plan: Plan, changes: Changes) -> bool:
 def _write_settings(plan: Plan, changes: Changes) -> bool:
     if not STATE.exists():  # systemd makes it; what a failed run leaves there goes
         changes.on_undo(f"remove {STATE}", lambda: _remove_tree(STATE))
-    changes.make_directory(SETTINGS_DIRECTORY, 0o700)
+    changes.make_missing_directory(SETTINGS_DIRECTORY, 0o700)
     is_changed = changes.write_file(SETTINGS, plan.settings.encode(), 0o600)
     return changes.write_file(KEY, f"{plan.options.key}\n".encode(), 0o600) or is_changed
 
@@ -314,7 +314,7 @@ def _hand_state_over(changes: Changes, uid: int, gid: int) -> None:
 
 def _write_launcher(plan: Plan, changes: Changes) -> bool:
     try:
-        changes.make_directory(LAUNCHER.parent, 0o755)
+        changes.make_missing_directory(LAUNCHER.parent, 0o755)
         return changes.write_file(LAUNCHER, build_launcher(plan.python.path).encode(), 0o755)
     except OSError as err:
         if not isinstance(err, PermissionError) and "read-only" not in (err.strerror or "").lower():

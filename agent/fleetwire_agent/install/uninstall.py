@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 from fleetwire_agent.config import Profile
@@ -11,9 +12,11 @@ from fleetwire_agent.install.host import check_root, find_init
 from fleetwire_agent.install.installation import check_place, only_one
 from fleetwire_agent.install.layout import (
     INIT_SCRIPT,
+    KEY,
     LAUNCHER,
     LOG,
     PROGRAM,
+    SETTINGS,
     SETTINGS_DIRECTORY,
     STATE,
     UNIT,
@@ -27,7 +30,8 @@ from fleetwire_agent.install.users import is_our_user, remove_user
 from fleetwire_agent.version import program_root
 from fleetwire_shared.errors import ConflictError, UnavailableError
 
-_KEPT = (SETTINGS_DIRECTORY, STATE)
+_KEPT = (SETTINGS, KEY, STATE)
+"""What makes a later installation the same agent again."""
 
 
 def run_uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome:
@@ -50,7 +54,7 @@ def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome
     paths = list_installed(is_purging=is_purging)
     if not paths and not is_our_user():
         kept = [str(path) for path in _KEPT if path.exists()]
-        rest = f"; {' and '.join(kept)} are kept, --purge removes them" if kept else ""
+        rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
         return _outcome("nothing", f"No Fleetwire agent is installed here{rest}")
     if is_dry_run:
         report.step("plan", "would stop the agent")
@@ -66,7 +70,7 @@ def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome
     for name in removed:
         report.step("remove", name)
     kept = [str(path) for path in _KEPT if path.exists()]
-    rest = f"; {' and '.join(kept)} are kept, --purge removes them" if kept else ""
+    rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
     return _outcome("uninstalled", f"The Fleetwire agent is removed{rest}")
 
 
@@ -75,10 +79,14 @@ def _outcome(result: Result, detail: str) -> Outcome:
 
 
 def list_installed(*, is_purging: bool) -> list[Path]:
-    """Return what there is to remove. A unit or a launcher that is not ours is not."""
+    """Return what there is to remove. A unit or a launcher that is not ours is not; nor is a mount point itself."""
     ours = [path for path in (UNIT, INIT_SCRIPT, LAUNCHER) if is_ours(path)]
     paths = [*ours, PROGRAM, *_list_purged()] if is_purging else [*ours, PROGRAM]
-    return [path for path in paths if os.path.lexists(path)]
+    return [path for path in paths if os.path.lexists(path) and not _is_empty_mount(path)]
+
+
+def _is_empty_mount(path: Path) -> bool:
+    return path.is_mount() and not any(path.iterdir())
 
 
 def _list_purged() -> list[Path]:
@@ -86,31 +94,58 @@ def _list_purged() -> list[Path]:
 
 
 def remove_all(service: Service, *, is_purging: bool, is_leaving: bool) -> list[str]:
-    """Remove everything of the agent that is on the host and return the paths. The first thing to go is what would
-    start it again, so a removal that fails half-way leaves no agent that comes back."""
+    """Remove everything of the agent that is on the host and return the paths.
+
+    The first thing to go is what would start it again, so a removal that fails half-way leaves no agent that comes
+    back. What cannot be removed does not keep the rest, and may be tried again.
+
+    Raises:
+        InstallError: what is left, and why."""
     removed = service.forget(is_leaving=is_leaving)
+    problems = []
     for path in list_installed(is_purging=is_purging):
-        _remove(path)
-        removed.append(str(path))
-    for directory in (LAUNCHER.parent, UNIT.parent):
-        for leftover in directory.glob(".fleetwire-agent*.fleetwire-*"):
-            leftover.unlink(missing_ok=True)
+        try:
+            _remove(path)
+        except OSError as err:
+            problems.append(f"{err.filename or path}: {err.strerror}")
+        else:
+            removed.append(str(path))
+    _remove_leftovers(is_purging=is_purging)
     if is_our_user():
         if STATE.exists():
             hand_over(STATE, 0, 0)
         remove_user()
         removed.append("user fleetwire-agent")
+    if problems:
+        raise InstallError("failed", f"all else is removed, and this is left: {'; '.join(problems)}")
     return removed
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    """Remove a file or directory; of one that is a mount point, all that is in it."""
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+    elif path.is_mount():
+        for inner in path.iterdir():
+            _remove(inner)
+    else:
+        shutil.rmtree(path)
+
+
+def _remove_leftovers(*, is_purging: bool) -> None:
+    """Remove what an installation that was killed left beside its files, and the settings' directory once empty."""
+    for directory in (LAUNCHER.parent, UNIT.parent, SETTINGS_DIRECTORY):
+        for leftover in directory.glob(".*agent*.fleetwire-*"):
+            leftover.unlink(missing_ok=True)
+    if is_purging and SETTINGS_DIRECTORY.is_dir() and not any(SETTINGS_DIRECTORY.iterdir()):
+        SETTINGS_DIRECTORY.rmdir()
 
 
 # ---------------------------------------------------------------- by the agent itself
+
+
+_has_begun = threading.Event()
+"""This process has begun to remove its agent: what proved that it may is gone by now, and it may go on."""
 
 
 def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
@@ -121,15 +156,17 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     Raises:
         ConflictError: this agent cannot remove itself; the message says why.
         UnavailableError: something could not be removed."""
-    check_removable(profile)
+    if not _has_begun.is_set():
+        check_removable(profile)
     service = make_service(find_init())
     try:
         with only_one():
+            _has_begun.set()
             return tuple(remove_all(service, is_purging=purge, is_leaving=True))
     except InstallError as err:
         if err.reason == "busy":
             raise ConflictError(err.message) from err
-        raise UnavailableError(f"the agent could not be removed from its host: {err.message}") from err
+        raise UnavailableError(f"the agent is removed from its host in part; {err.message}") from err
     except OSError as err:
         problem = describe_os_error(err).message
         raise UnavailableError(f"the agent could not be removed from its host: {problem}") from err

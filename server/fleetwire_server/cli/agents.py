@@ -13,7 +13,7 @@ from fleetwire_server.storage import agents
 from fleetwire_server.storage.audit import audited
 from fleetwire_server.tls import find_pin
 
-from .database import audit_entry, write_database
+from .database import audit_entry, run_in_database
 from .options import config_from, database_options, setting_option
 
 
@@ -45,7 +45,7 @@ def add(label: str, tags: tuple[str, ...], **arguments: str | None) -> None:
         agent=Agent(id=agent_id, label=body.label, tags=tuple(body.tags), created_at=now),
         key=AgentKey(key_hash=hash_token(key), agent_id=agent_id, created_at=now, expires_at=None),
     )
-    write_database(config, audited(enrol, audit_entry("agent.enrolled", agent_id, label=body.label)))
+    run_in_database(config, audited(enrol, audit_entry("agent.enrolled", agent_id, label=body.label)))
     click.echo(
         f"agent {agent_id} enrolled as {label}. Paste this on the host; it holds the agent's key, shown this once:"
     )
@@ -56,7 +56,7 @@ def add(label: str, tags: tuple[str, ...], **arguments: str | None) -> None:
 @database_options
 def list_(**arguments: str | None) -> None:
     """List all agents: id, label, host name, version, and when each was last seen."""
-    for each in write_database(config_from(arguments), agents.list_agents):
+    for each in run_in_database(config_from(arguments), agents.list_agents):
         seen = (
             "never" if each.last_seen is None else datetime.fromtimestamp(each.last_seen, UTC).isoformat("T", "seconds")
         )

@@ -17,7 +17,7 @@ from fleetwire_shared.errors import NotFoundError
 T = TypeVar("T")
 
 
-def write_database(config: ServerConfig, job: Callable[[Connection], T], *, is_made: bool = False) -> T:
+def run_in_database(config: ServerConfig, job: Callable[[Connection], T], *, is_made: bool = False) -> T:
     """Run a job in the database and return its result.
 
     Args:

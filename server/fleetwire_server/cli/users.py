@@ -12,7 +12,7 @@ from fleetwire_server.model import Role, User
 from fleetwire_server.storage import users
 from fleetwire_server.storage.audit import audited
 
-from .database import audit_entry, write_database
+from .database import audit_entry, run_in_database
 from .options import config_from, database_options
 
 _name = click.argument("name")
@@ -39,7 +39,7 @@ def add(name: str, role: str, *, password_stdin: bool, **arguments: str | None) 
     new = User(name=name, role=Role(role), password_hash=password_hash, created_at=time.time())
     # The database may be made here: users can be there before the first start.
     entry = audit_entry("user.added", name, role=role)
-    write_database(config_from(arguments), audited(partial(users.add_user, user=new), entry), is_made=True)
+    run_in_database(config_from(arguments), audited(partial(users.add_user, user=new), entry), is_made=True)
     click.echo(f"user {name} added")
 
 
@@ -47,7 +47,7 @@ def add(name: str, role: str, *, password_stdin: bool, **arguments: str | None) 
 @database_options
 def list_(**arguments: str | None) -> None:
     """List all users with their roles."""
-    for each in write_database(config_from(arguments), users.list_users):
+    for each in run_in_database(config_from(arguments), users.list_users):
         click.echo(f"{each.name}\t{each.role.value}")
 
 
@@ -57,7 +57,7 @@ def list_(**arguments: str | None) -> None:
 def remove(name: str, **arguments: str | None) -> None:
     """Remove a user and end their sessions."""
     remove = partial(users.delete_user, name=name)
-    write_database(config_from(arguments), audited(remove, audit_entry("user.removed", name)))
+    run_in_database(config_from(arguments), audited(remove, audit_entry("user.removed", name)))
     click.echo(f"user {name} removed")
 
 
@@ -69,7 +69,9 @@ def passwd(name: str, *, password_stdin: bool, **arguments: str | None) -> None:
     """Set a user's password and end their sessions."""
     password_hash = hash_password(_read_password(from_stdin=password_stdin))
     change = partial(users.update_user, name=name, password_hash=password_hash)
-    write_database(config_from(arguments), audited(change, audit_entry("user.changed", name, is_password_changed=True)))
+    run_in_database(
+        config_from(arguments), audited(change, audit_entry("user.changed", name, is_password_changed=True))
+    )
     click.echo(f"password of {name} changed")
 
 
@@ -80,7 +82,7 @@ def passwd(name: str, *, password_stdin: bool, **arguments: str | None) -> None:
 def role(name: str, role: str, **arguments: str | None) -> None:
     """Set a user's role and end their sessions."""
     change = partial(users.update_user, name=name, role=Role(role))
-    write_database(config_from(arguments), audited(change, audit_entry("user.changed", name, role=role)))
+    run_in_database(config_from(arguments), audited(change, audit_entry("user.changed", name, role=role)))
     click.echo(f"{name} is now {role}")
 
 

@@ -43,6 +43,7 @@ MAX_STEPS_OF_HOST = 100
 KEPT_ENDED = 10
 """Deployments whose steps are still shown after their end; of older ones the outcome is stored."""
 
+RETRY_SECONDS = 5.0
 STOP_SECONDS = 8.0
 """How long hosts may take to be cleaned up when the server stops."""
 
@@ -118,10 +119,23 @@ class Deployments:
 
     async def run(self) -> None:
         """End what a server before this one left, then hold the deployments' tasks. Runs until cancelled."""
-        for agent_id in await self._store.write(partial(_interrupt_running, now=self._now())):
-            self._announce(agent_id, "deleted")
+        await self._end_interrupted()
         async with asyncio.TaskGroup() as self._group:
             await asyncio.Event().wait()
+
+    async def _end_interrupted(self) -> None:
+        """End what a server before this one left. With a database that cannot be written, the rest of the server goes
+        on meanwhile, and deployments are refused."""
+        while True:
+            try:
+                removed = await self._store.write(partial(_interrupt_running, now=self._now()))
+            except UnavailableError as err:
+                logger.error("deployments cannot begin: %s; the next attempt is in %.0f s", err.message, RETRY_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            for agent_id in removed:
+                self._announce(agent_id, "deleted")
+            return
 
     async def stop(self) -> None:
         """End all deployments in order: hosts are cleaned up, as far as STOP_SECONDS reach."""
@@ -155,6 +169,7 @@ class Deployments:
             raise deploy_error("check", "busy", f"a deployment to {where} is under way: wait for its end")
         running = self._make_running(orders, actor)
         self._busy |= places
+        self._running[running.id] = running  # counts from here on
         try:
             started = AuditEntry(
                 at=running.created_at,
@@ -165,10 +180,12 @@ class Deployments:
             )
             add = partial(deployments.add_deployment, deployment=running.record)
             await self._store.write(audited(add, started))
+            if self._is_stopping:
+                raise UnavailableError("the server is stopping; try again in a moment")
         except BaseException:
             self._busy -= places
+            del self._running[running.id]
             raise
-        self._running[running.id] = running
         for position, order in enumerate(orders):
             task = group.create_task(self._run_host(running, position, order, terms))
             self._tasks.add(task)
@@ -227,17 +244,21 @@ class Deployments:
         self, running: RunningDeployment, position: int, side: "_HostSide", status: HostStatus, outcome: Outcome
     ) -> None:
         """Store and tell how it ended; of one that failed no agent stays."""
+        # Noted before its record is written: a cancelled write is carried out all the same.
+        agent_id = running.hosts[position].agent_id
         ended = replace(running.hosts[position], status=status, finished_at=self._now())
         if isinstance(outcome, Deployed):
             ended = replace(ended, host_key=outcome.host_key)
         else:
-            ended = replace(ended, step=outcome.step, reason=outcome.reason, detail=outcome.message, agent_id=None)
+            ended = replace(ended, step=outcome.step, reason=outcome.reason, detail=outcome.message)
+            if not outcome.is_agent_kept:
+                ended = replace(ended, agent_id=None)
             logger.info("deployment %s: %s: %s", running.id, side.order.where, outcome.message)
         running.hosts[position] = ended
         self._add_event(running, host_document(ended), event="host")
         try:
-            if isinstance(outcome, DeployError) and side.agent_id is not None:
-                await self._drop_agent(side.agent_id, self._dropped(running, side.agent_id))
+            if agent_id is not None and ended.agent_id is None:
+                await self._drop_agent(agent_id, self._dropped(running, agent_id))
             store = partial(deployments.update_host, deployment_id=running.id, position=position, host=ended)
             await self._store.write(store)
         except UnavailableError as err:  # as at a crash, the next start of the server puts it right
@@ -358,7 +379,6 @@ class _HostSide:
         self._position = position
         self.order = order
         self.step = "waiting"  # the newest
-        self.agent_id: str | None = None
 
     def note(self, step: str, detail: str) -> None:
         if step != "clean_up":
@@ -373,8 +393,7 @@ class _HostSide:
 
     async def enrol(self) -> tuple[str, str]:
         self.note("enrol", "making the agent's record and key")
-        self.agent_id, key = await self._server.enrol(self._running, self._position, self.order)
-        return self.agent_id, key
+        return await self._server.enrol(self._running, self._position, self.order)
 
     async def wait_connected(self, agent_id: str) -> None:
         self.note("connected", "waiting for the agent to be seen here")

@@ -16,6 +16,7 @@ class DeployError(FleetwireError):
         self.step = step
         self.reason = reason
         self.more = more
+        self.is_agent_kept = False  # the new agent stays on its host, so its record must stay, too
 
 
 class DeployInvalidError(DeployError):

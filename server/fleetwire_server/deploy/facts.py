@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from fleetwire_server.deploy.python_hint import PYTHON_MODULES
 from fleetwire_shared.limits import AGENT_ID_PATTERN
 
 SudoFact: TypeAlias = Literal["root", "nopasswd", "password", "missing", "refused"]
@@ -12,8 +13,9 @@ SudoFact: TypeAlias = Literal["root", "nopasswd", "password", "missing", "refuse
 _IDENTITY = r'sed -n "s/^agt_\([0-9a-z]\{16\}\)_.*/agent_id=agent_\1/p" /etc/fleetwire/agent.key 2>/dev/null'
 """Only the part of the key that names the agent leaves the host. Holds no single quote."""
 
-IDENTITY_SCRIPT = f"{_IDENTITY}; echo end=identity"
-"""Run as root, where reading the identity takes a password: prints the id of the agent whose key is there, if any."""
+IDENTITY_SCRIPT = f"{_IDENTITY}; echo end=identity; if read -r line; then echo unread=yes; fi"
+"""Run as root, where reading the identity takes a password: prints the id of the agent whose key is there, if any; and
+whether sudo left the line with the password to whatever it starts."""
 
 FACTS_SCRIPT = rf"""
 LC_ALL=C; export LC_ALL
@@ -41,7 +43,7 @@ for directory in /usr/bin /usr/local/bin /bin /run/current-system/sw/bin; do
 import sys
 version = "%d.%d.%d" % sys.version_info[:3]
 try:
-    import asyncio, compileall, ctypes, json, ssl, zipfile
+    import {PYTHON_MODULES}
     state = "whole"
 except ImportError:
     state = "incomplete"
@@ -179,3 +181,8 @@ def _bytes(kib: str | None) -> int | None:
 
 def _agent_id(text: str) -> str | None:
     return text if _AGENT_ID.fullmatch(text) else None
+
+
+def is_line_unread(text: str) -> bool:
+    """Whether IDENTITY_SCRIPT found the line that sudo was to read."""
+    return "unread=yes" in text.splitlines()

@@ -13,7 +13,6 @@ HostKeyRule: TypeAlias = Literal["accept-new", "pinned"]
 STEP = "host_key"
 
 FINGERPRINT_PATTERN = r"SHA256:[A-Za-z0-9+/]{43}"
-PUBLIC_KEY_PATTERN = r"[a-z0-9@.-]{1,64} [A-Za-z0-9+/]{32,4096}={0,2}"
 
 ALGORITHMS = (
     "ssh-ed25519",
@@ -50,6 +49,7 @@ class KnownKeys:
     pinned: HostKey | None = None
     listed: tuple[PublicKey, ...] = ()  # in known_hosts
     revoked: tuple[PublicKey, ...] = ()  # in known_hosts
+    has_authority: bool = False  # known_hosts names one that vouches for the server
 
     @property
     def is_any(self) -> bool:
@@ -99,6 +99,14 @@ def judge_host_key(shown: PublicKey, known: KnownKeys, where: str, rule: HostKey
             fingerprints,
             f"{where} shows the key {shown.fingerprint}, and this server's known_hosts has {fingerprints}: another"
             " machine may be answering. If the host was installed anew, correct known_hosts and deploy again",
+        )
+    if not known.is_any and known.has_authority:
+        return deploy_error(
+            STEP,
+            "host_key_unknown",
+            f"{where} shows the key {shown.fingerprint} without a certificate, and this server's known_hosts names an"
+            " authority for it: have the host show its certificate, or send the key as host_key",
+            shown_fingerprint=shown.fingerprint,
         )
     if not known.is_any and rule == "pinned":
         return deploy_error(

@@ -24,9 +24,11 @@ fleetwire_fail() { printf 'fleetwire: %s\n' "$*" >&2; exit 1; }
 
 # Whether this Python is new enough and whole: Debian's python3-minimal, say, lacks asyncio.
 fleetwire_is_usable_python() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
-        && "$1" -c 'import asyncio, ctypes, ssl, tomllib, zipfile' >/dev/null 2>&1
+    fleetwire_is_new_python "$1" && "$1" -I -c 'import @PYTHON_MODULES@' >/dev/null 2>&1
 }
+
+# -I, here and below: else Python would import what lies in the current directory, which may be anybody's.
+fleetwire_is_new_python() { "$1" -I -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
 # Prints the first usable Python. The one without a number comes first: it outlives an upgrade of the distribution.
 fleetwire_find_python() {
@@ -55,8 +57,11 @@ fleetwire_python_command() {
 }
 
 fleetwire_fail_without_python() {
-    if found=$(command -v python3) && found=$("$found" --version 2>&1); then
+    if python=$(command -v python3) && found=$("$python" --version 2>&1); then
         problem="the agent needs Python 3.11 or later; this host has $found"
+        if fleetwire_is_new_python "$python"; then
+            problem="$python ($found) lacks parts of the standard library"
+        fi
     else
         problem="the agent needs Python 3.11 or later; this host has no python3"
     fi
@@ -80,7 +85,7 @@ fleetwire_fetch() {
         # shellcheck disable=SC2086  # one option or none
         wget -q ${tls_pin:+--no-check-certificate} -T 30 -O "$2" "$1"
     else
-        "$python" -c '
+        "$python" -I -c '
 import ssl, sys, urllib.request
 context = ssl._create_unverified_context() if sys.argv[3] else None
 try:
@@ -91,7 +96,7 @@ except OSError as err:
     fi
 }
 
-fleetwire_sha256() { "$python" -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"; }
+fleetwire_sha256() { "$python" -I -c 'import hashlib, sys; print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1"; }
 
 # Runs the agent's own installer as root: the key goes over standard input, where no process list shows it.
 fleetwire_as_root() {

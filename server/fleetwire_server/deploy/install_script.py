@@ -5,7 +5,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fleetwire_server.deploy.bundle import Bundle
-from fleetwire_server.deploy.python_hint import HINTS, NO_COMMAND, UNKNOWN
+from fleetwire_server.deploy.python_hint import HINTS, NO_COMMAND, PYTHON_MODULES, UNKNOWN
 from fleetwire_shared.errors import ConflictError
 
 _TEMPLATE = Path(__file__).parent / "install.sh"
@@ -26,6 +26,7 @@ def build_install_script(server_url: str, key: str, bundle: Bundle, tls_pin: str
         "@VERSION@": shlex.quote(bundle.version),
         "@UNKNOWN_ADVICE@": shlex.quote(_sentence(UNKNOWN)),
         "@NO_COMMAND_ADVICE@": shlex.quote(_sentence(NO_COMMAND)),
+        "@PYTHON_MODULES@": PYTHON_MODULES,
         "@PYTHON_CASES@": "\n".join(
             f"            {patterns}) echo {shlex.quote(command)}; exit ;;" for patterns, command in HINTS
         ),
@@ -48,12 +49,17 @@ def reachable_url(public_url: str) -> str:
 
     Raises:
         ConflictError: it is an address to listen on, which nobody can dial."""
-    parts = urlsplit(public_url)
-    if parts.hostname in ("0.0.0.0", "::") or parts.port == 0:  # noqa: S104 - compared, not listened on
+    if not is_reachable_url(public_url):
         raise ConflictError(
             f"hosts cannot dial {public_url}: start the server with --public-url and the URL they are to use"
         )
     return public_url
+
+
+def is_reachable_url(public_url: str) -> bool:
+    """Whether it names a host and a port, and not just all addresses or any free port."""
+    parts = urlsplit(public_url)
+    return parts.hostname not in ("0.0.0.0", "::") and parts.port != 0  # noqa: S104 - compared, not listened on
 
 
 def _sentence(text: str) -> str:

@@ -210,7 +210,7 @@ def build_install(
     plan: Plan, directory: str, server_url: str, profile: Profile, tls_pin: str | None, *, is_replacing: bool
 ) -> list[str]:
     """Return the installer's command; it takes the agent's key on standard input, never as an argument."""
-    command = [plan.python, f"{directory}/{BUNDLE_NAME}", "install", "--json", "--server", server_url]
+    command = [plan.python, "-I", f"{directory}/{BUNDLE_NAME}", "install", "--json", "--server", server_url]
     command += ["--key-file", "-", "--profile", profile, "--python", plan.python]
     if tls_pin is not None:
         command += ["--tls-pin", tls_pin]
@@ -219,23 +219,32 @@ def build_install(
     return command
 
 
-def build_clean_up(directory: str, undo: tuple[Plan, str] | None) -> str:
+def build_clean_up(directory: str, undo: tuple[Plan, str] | None, *, is_replacing: bool) -> str:
     """Return a script for sh that leaves nothing of a deployment on the host; it says so in its last line.
 
     Args:
         directory: where the bundle was put.
         undo: where an installation was begun and its end is not known, the plan and the id of the agent it was for.
             The installer is ended and takes back what it did; what is there afterwards is removed, unless it belongs
-            to another agent."""
+            to another agent.
+        is_replacing: what is there afterwards stays: the agent before it is gone, and a host that had one keeps one.
+            The script says `agent=kept` then."""
     quoted = shlex.quote(directory)
     script = f"directory={quoted}\n"
     if undo is not None:
         plan, agent_id = undo
-        script += _UNDO.format(python=shlex.quote(plan.python), id=agent_id.removeprefix("agent_"), name=BUNDLE_NAME)
+        identity = f"grep -q '^agt_{agent_id.removeprefix('agent_')}_' /etc/fleetwire/agent.key 2>/dev/null"
+        if is_replacing:
+            last = f'if {identity}; then echo "agent=kept"; fi'
+        else:
+            uninstall = f'{shlex.quote(plan.python)} -I "$directory/{BUNDLE_NAME}" uninstall --purge >/dev/null 2>&1'
+            is_ours = f"{{ [ ! -e /etc/fleetwire/agent.key ] || {identity}; }}"
+            last = f'if [ -e "$directory/{BUNDLE_NAME}" ] && {is_ours}; then {uninstall}; fi'
+        script += f"{_END_INSTALLER.format(name=BUNDLE_NAME)}{last}\n"
     return script + f'cd / && rm -rf -- {quoted} && [ ! -e {quoted} ] && echo "clean_up=done"\n'
 
 
-_UNDO = """\
+_END_INSTALLER = """\
 installers() {{
     for file in /proc/[0-9]*/cmdline; do
         tr '\\0' '\\n' <"$file" 2>/dev/null | grep -qxF "$directory/{name}" || continue
@@ -244,13 +253,11 @@ installers() {{
 }}
 pids=$(installers)
 [ -z "$pids" ] || kill -TERM $pids 2>/dev/null
-for turn in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
-    [ -n "$(installers)" ] || break
-    sleep 0.25
+turn=0  # 30 s: to take back an upgrade it stops one agent, which may take 10, and starts another
+while [ -n "$(installers)" ] && [ $turn -lt 60 ]; do
+    sleep 0.5
+    turn=$((turn + 1))
 done
 pids=$(installers)
 [ -z "$pids" ] || kill -KILL $pids 2>/dev/null
-key=/etc/fleetwire/agent.key
-if [ -e "$directory/{name}" ] && {{ [ ! -e "$key" ] || grep -q '^agt_{id}_' "$key"; }}
-then {python} "$directory/{name}" uninstall --purge >/dev/null 2>&1; fi
 """

@@ -31,6 +31,9 @@ HINTS: tuple[tuple[str, str], ...] = (
 )
 """The first that fits. An empty command: this release has no Python that is new enough in its archive."""
 
+PYTHON_MODULES = "asyncio, compileall, ctypes, json, ssl, tomllib, zipfile"
+"""Parts of the standard library that the agent and its installer need, and that some distributions package apart."""
+
 NO_COMMAND = (
     "this release packages no Python 3.11 or later: upgrade the host's distribution,"
     " or install a Python 3.11 or later as /usr/local/bin/python3.11"

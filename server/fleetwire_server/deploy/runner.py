@@ -13,7 +13,14 @@ from functools import partial
 from typing import Any
 
 from fleetwire_server.deploy.errors import DeployError, deploy_error
-from fleetwire_server.deploy.facts import FACTS_SCRIPT, IDENTITY_SCRIPT, HostFacts, parse_facts, parse_identity
+from fleetwire_server.deploy.facts import (
+    FACTS_SCRIPT,
+    IDENTITY_SCRIPT,
+    HostFacts,
+    is_line_unread,
+    parse_facts,
+    parse_identity,
+)
 from fleetwire_server.deploy.host_keys import KnownKeys, judge_host_key
 from fleetwire_server.deploy.order import Deployed, Order, ServerSide, Terms
 from fleetwire_server.deploy.plan import (
@@ -46,7 +53,8 @@ UPLOAD_SECONDS = 120.0
 INSTALL_SECONDS = 120.0
 ARRIVAL_SECONDS = 15.0
 """How long the agent may take to be seen here once its host says that it is connected."""
-CLEAN_UP_SECONDS = 15.0
+CLEAN_UP_SECONDS = 60.0
+"""An installer that is ended takes back what it did, which includes starting the agent before."""
 
 MAX_DETAIL_CHARACTERS = 1000
 
@@ -91,6 +99,7 @@ async def _prepare_login(order: Order, terms: Terms, server: ServerSide) -> Logi
         pinned=await server.get_pinned(),
         listed=tuple(public_key_of(one) for one in listed.listed),
         revoked=tuple(public_key_of(one) for one in listed.revoked),
+        has_authority=bool(listed.authorities),
     )
     return Login(
         order.host,
@@ -131,6 +140,7 @@ class _Leftovers:
     directory: str
     plan: Plan
     agent_id: str | None = None  # set while it is not known what the installer has done
+    is_agent_kept: bool = False  # the new agent is there, or may be, in the place of another
 
 
 async def _install(host: SshHost, order: Order, terms: Terms, server: ServerSide) -> Deployed:
@@ -156,7 +166,9 @@ async def _install(host: SshHost, order: Order, terms: Terms, server: ServerSide
         problem = await _clean_up(host, order, server, leftovers)
         if problem is None:
             raise
-        raise deploy_error(err.step, err.reason, f"{err.message}. {problem}", **err.more) from err
+        told = deploy_error(err.step, err.reason, f"{err.message}. {problem}", **err.more)
+        told.is_agent_kept = leftovers.is_agent_kept
+        raise told from err
     except BaseException:
         await _clean_up(host, order, server, leftovers)
         raise
@@ -182,6 +194,12 @@ async def _try_sudo(host: SshHost, plan: Plan, order: Order) -> None:
     command = build_root_command(plan.root_by, ["sh", "-c", IDENTITY_SCRIPT])
     ran = await host.run("sudo", command, stdin=_sudo_line(plan, order), seconds=SUDO_SECONDS)
     judge_sudo(ran.exit_status, ran.stderr, order.ssh_user)
+    if is_line_unread(ran.stdout):
+        raise deploy_error(
+            CHECK,
+            "sudo_password",
+            f"sudo let {order.ssh_user} in without reading the sudo_password: deploy without one, or as another user",
+        )
     agent_id = parse_identity(ran.stdout)
     if agent_id is not None and not order.is_replacing:
         raise already_managed(agent_id)
@@ -290,7 +308,7 @@ def _installer_error(result: dict[str, Any], server_url: str) -> DeployError:
 
 async def _clean_up(host: SshHost, order: Order, server: ServerSide, leftovers: _Leftovers) -> str | None:
     """Remove what is left on the host, over a new connection where the one there was is lost; None when it is done,
-    else what a person must do."""
+    else what a person must know."""
     undo = None if leftovers.agent_id is None else (leftovers.plan, leftovers.agent_id)
     if undo is not None:
         server.note("clean_up", "taking back what was done on the host")
@@ -305,21 +323,40 @@ async def _clean_up(host: SshHost, order: Order, server: ServerSide, leftovers: 
                 await again.close()
     except FleetwireError as err:
         logger.warning("deployment to %s: clean-up failed: %s", order.where, err.message)
-        command = f"rm -rf {leftovers.directory}" + ("; fleetwire-agent uninstall --purge" if undo else "")
-        problem = f"What was done on the host could not be taken back; run there as root: {command}"
-        server.note("clean_up", problem)
-        return problem
-    return None
+        leftovers.is_agent_kept = undo is not None and order.is_replacing
+        problem = _describe_rest(order, leftovers, undo)
+    else:
+        if not leftovers.is_agent_kept:
+            return None
+        problem = f"The host had another agent, which is replaced: {leftovers.agent_id} is installed there, and kept"
+    server.note("clean_up", problem)
+    return problem
+
+
+def _describe_rest(order: Order, leftovers: _Leftovers, undo: tuple[Plan, str] | None) -> str:
+    if undo is None:
+        return f"The directory {leftovers.directory} stays on the host; remove it there as root"
+    if order.is_replacing:
+        return (
+            f"It is not known whether {leftovers.agent_id} has replaced the agent there: look at the host with"
+            f" fleetwire-agent status, and remove {leftovers.directory} there"
+        )
+    return (
+        "What was done on the host could not be taken back; run there as root:"
+        f" rm -rf {leftovers.directory}; fleetwire-agent uninstall --purge"
+    )
 
 
 async def _run_clean_up(host: SshHost, order: Order, leftovers: _Leftovers, undo: tuple[Plan, str] | None) -> None:
     plan = leftovers.plan
-    script = build_clean_up(leftovers.directory, undo).encode()
+    script = build_clean_up(leftovers.directory, undo, is_replacing=order.is_replacing).encode()
     ran = await host.run(
         "clean_up",
         build_root_command(plan.root_by, ["sh", "-s"]),
         stdin=_sudo_line(plan, order) + script,
         seconds=CLEAN_UP_SECONDS,
     )
-    if "clean_up=done" not in ran.stdout.splitlines():
+    said = ran.stdout.splitlines()
+    if "clean_up=done" not in said:
         raise deploy_error("clean_up", "install_failed", last_line(ran.stderr))
+    leftovers.is_agent_kept = "agent=kept" in said

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import asyncssh
+from aiohappyeyeballs import start_connection
 
 from fleetwire_server.deploy.errors import DeployError, deploy_error
 from fleetwire_server.deploy.host_keys import ALGORITHMS, KnownKeys, PublicKey, preferred_algorithms
 from fleetwire_server.deploy.ssh_keys import KnownHosts, public_key_of
 
 CONNECT_SECONDS = 15.0
+HAPPY_EYEBALLS_SECONDS = 0.25  # RFC 8305, 5
 LOGIN_SECONDS = 15.0
 CLOSE_SECONDS = 2.0
 KEEPALIVE_SECONDS = 10.0
@@ -79,23 +81,9 @@ async def open_socket(host: str, port: int) -> socket.socket:
 
 
 async def _connect_first(host: str, port: int) -> socket.socket:
-    """Return a connection to the first of the host's addresses that accepts one."""
-    loop = asyncio.get_running_loop()
-    failure: OSError | None = None
-    for family, kind, protocol, _, address in await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-        opened = socket.socket(family, kind, protocol)
-        try:
-            opened.setblocking(False)
-            await loop.sock_connect(opened, address)
-        except OSError as err:
-            opened.close()
-            failure = err
-        except BaseException:
-            opened.close()
-            raise
-        else:
-            return opened
-    raise failure or OSError("the name has no address")
+    """Return a connection to the first of the host's addresses that accepts one; a dead one delays it a little only."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return await start_connection(found, happy_eyeballs_delay=HAPPY_EYEBALLS_SECONDS, interleave=1)
 
 
 def _unreachable(detail: str) -> DeployError:
@@ -242,10 +230,9 @@ class SshHost:
                 group.create_task(_drain(process.stderr, stderr))
                 await self._collect(step, process.stdout, stdout, on_line)
             await process.wait_closed()
-        except* DeployError as errors:
-            raise errors.exceptions[0] from None
-        except* (asyncssh.Error, OSError) as errors:
-            raise errors.exceptions[0] from None
+        except* (DeployError, asyncssh.Error, OSError) as errors:
+            refusals = [err for err in errors.exceptions if isinstance(err, DeployError)]
+            raise (refusals or errors.exceptions)[0] from None
         finally:
             process.close()
         status = process.exit_status

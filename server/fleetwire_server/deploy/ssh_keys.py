@@ -133,7 +133,7 @@ def read_known_hosts(path: Path, host: str, port: int) -> KnownHosts:
     except (OSError, ValueError) as err:
         reason = err.strerror if isinstance(err, OSError) else err
         raise deploy_error(
-            "host_key", "host_key_unknown", f"this server's known_hosts {path} cannot be used: {reason}"
+            "host_key", "server_failed", f"this server's known_hosts {path} cannot be used: {reason}"
         ) from err
     listed, authorities, revoked, *_ = entries.match(host if port == 22 else f"[{host}]:{port}", "", None)
     return KnownHosts(list(listed), list(authorities), list(revoked))

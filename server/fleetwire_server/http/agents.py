@@ -8,7 +8,7 @@ from aiohttp import web
 
 from fleetwire_server.core.metrics import report_document
 from fleetwire_server.core.tokens import hash_token, new_agent_key, new_key_for
-from fleetwire_server.deploy.install_script import build_install_command
+from fleetwire_server.deploy.install_script import build_install_command, is_reachable_url
 from fleetwire_server.http.agent_socket import CLOSE_KEY_REVOKED
 from fleetwire_server.http.audit import audit_entry
 from fleetwire_server.http.bodies import (
@@ -112,7 +112,8 @@ async def rotate_key(request: web.Request) -> web.Response:
 
 
 def _enrol_answer(request: web.Request, agent_id: str, key: str) -> EnrolAnswer:
-    command = build_install_command(request.app[CONFIG].public_url, key, request.app[TLS_PIN])
+    url = request.app[CONFIG].public_url
+    command = build_install_command(url, key, request.app[TLS_PIN]) if is_reachable_url(url) else None
     return EnrolAnswer(agent_id=agent_id, key=key, install_command=command)
 
 

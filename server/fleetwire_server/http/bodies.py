@@ -182,7 +182,10 @@ class EnrolAnswer(Struct, kw_only=True):
 
     agent_id: str
     key: str
-    install_command: Annotated[str, Meta(description="Line to paste on the host; it holds the key.")]
+    install_command: Annotated[
+        str | None,
+        Meta(description="Line to paste on the host; it holds the key. Null: `public_url` is no address to dial."),
+    ]
 
 
 class InstallQuery(Struct, kw_only=True):

@@ -97,7 +97,8 @@ def test_commands_are_words_for_any_shell_and_hold_no_key() -> None:
         plan, "/tmp/d", "https://f.example/a b'c", "monitor", "sha256//x;sha256//y", is_replacing=True
     )
     assert install == [
-        *("/usr/bin/python3", "/tmp/d/fleetwire-agent.pyz", "install", "--json", "--server", "https://f.example/a b'c"),
+        *("/usr/bin/python3", "-I", "/tmp/d/fleetwire-agent.pyz", "install", "--json"),
+        *("--server", "https://f.example/a b'c"),
         *("--key-file", "-", "--profile", "monitor", "--python", "/usr/bin/python3"),
         *("--tls-pin", "sha256//x;sha256//y", "--replace"),
     ]
@@ -116,7 +117,7 @@ def test_cleaning_up_ends_the_installer_and_removes_its_directory(tmp_path: Path
     bundle.write_text("import sys, time\nif sys.argv[1] == 'install': time.sleep(60)\n")
     with subprocess.Popen(["python3", str(bundle), "install"]) as installer:
         undo = (Plan("login", "python3"), "agent_0123456789abcdef") if is_undoing else None
-        script = build_clean_up(str(directory), undo)
+        script = build_clean_up(str(directory), undo, is_replacing=False)
         ran = subprocess.run(["sh", "-s"], input=script, capture_output=True, text=True, check=True, timeout=30)
         assert ran.stdout == "clean_up=done\n"
         assert not directory.exists()

@@ -311,6 +311,10 @@ async def test_a_host_certificate_is_believed_of_an_authority_of_known_hosts_onl
         site.terms.known_hosts.write_text(f"@cert-authority [127.0.0.1]:{server.port} {line_of(authority)}\n")
         await deploy_to_host(order, terms, side)
         assert side.pinned is None
+    async with running_ssh_server([host], site.user_key, port=order.port) as server:  # without its certificate
+        error = await failure(order, site.terms)
+        assert error.reason == "host_key_unknown"
+        assert server.logins == []
     async with running_ssh_server([(host, wrong)], site.user_key, port=order.port) as server:
         error = await failure(order, terms)
         assert error.reason == "host_key_changed"
