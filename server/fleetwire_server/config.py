@@ -16,11 +16,11 @@ from sqlalchemy import make_url
 from fleetwire_shared.errors import InvalidError
 from fleetwire_shared.pins import parse_pins
 
+from .deploy.host_keys import HostKeyRule
 from .storage.engines import parse_database_url
 
 Network: TypeAlias = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
-HostKeyRule: TypeAlias = Literal["accept-new", "pinned"]
 LogFormat: TypeAlias = Literal["text", "json"]
 
 

@@ -36,6 +36,9 @@ command's pipes; with the server away the oldest output is dropped instead, so t
 OUTPUT_KEEP_BYTES: Final = 16 * 1024 * 1024
 """Output the server keeps of one stream of one command: the first half of this and the last half."""
 
+INSTALLATION_BYTES: Final = 12_000_000
+"""Room on /opt for a version of the agent unpacked and compiled, twice over: the one before stays."""
+
 MAX_PATH_BYTES: Final = 4096
 MAX_COMMANDS_AT_ONCE: Final = 32
 

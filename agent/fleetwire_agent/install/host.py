@@ -23,6 +23,7 @@ from fleetwire_agent.install.failures import InstallError
 from fleetwire_agent.install.layout import PROGRAM, SETTINGS_DIRECTORY, STATE
 from fleetwire_agent.install.texts import needs_quoting
 from fleetwire_agent.tls import build_tls_context
+from fleetwire_shared.limits import INSTALLATION_BYTES
 from fleetwire_shared.pins import parse_pins
 
 Init: TypeAlias = Literal["systemd", "openrc", "plain"]
@@ -30,12 +31,8 @@ Init: TypeAlias = Literal["systemd", "openrc", "plain"]
 ADMIN_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 """Where an administrator's programs are; a login over SSH without a terminal may lack the half of it."""
 
-OLDEST_PYTHON: Final = (3, 11)
 MONITOR_NEEDS_SYSTEMD: Final = 247  # LoadCredential=; before it a sandboxed agent could not read its key
 REACH_SECONDS: Final = 5.0
-NEEDED_BYTES: Final = 12_000_000
-"""On /opt, for a version unpacked and compiled, twice over."""
-
 _NEEDED_ELSEWHERE_BYTES: Final = 64 * 1024
 _PROBE_SECONDS: Final = 30.0
 
@@ -186,7 +183,7 @@ def _check_place(path: str, profile: Profile) -> None:
 def check_room() -> None:
     """Raises InstallError with `disk_full` where an installation would run out of space half-way."""
     for directory, needed in (
-        (PROGRAM, NEEDED_BYTES),
+        (PROGRAM, INSTALLATION_BYTES),
         (SETTINGS_DIRECTORY, _NEEDED_ELSEWHERE_BYTES),
         (STATE, _NEEDED_ELSEWHERE_BYTES),
     ):

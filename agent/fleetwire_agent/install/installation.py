@@ -1,22 +1,18 @@
 """An installation from its checks to the first connection; whatever fails undoes what this run did."""
 
-import fcntl
 import logging
 import os
 import re
 import shutil
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.bundle import Bundle, is_whole, open_own_bundle, remove_leftovers, unpack
 from fleetwire_agent.install.changes import Changes, hand_over
+from fleetwire_agent.install.exclusive import check_place, interruptible, not_interruptible, only_one
 from fleetwire_agent.install.failures import InstallError, InstallInterrupt, Reason, describe_os_error
 from fleetwire_agent.install.host import (
     Python,
@@ -33,14 +29,12 @@ from fleetwire_agent.install.layout import (
     CURRENT,
     KEY,
     LAUNCHER,
-    LOCK,
     PENDING,
     PREVIOUS,
     PROGRAM,
     SETTINGS,
     SETTINGS_DIRECTORY,
     STATE,
-    UNIT_NAME,
     USER,
     VERSIONS,
     is_ours,
@@ -49,7 +43,6 @@ from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Service, make_service
 from fleetwire_agent.install.texts import build_launcher, build_settings, parse_settings
 from fleetwire_agent.install.users import add_user, is_our_user, remove_user
-from fleetwire_agent.processes import COMMAND_ID_VARIABLE
 from fleetwire_agent.status import KEY_NOT_ACCEPTED, KEY_REVOKED, STATUS_NAME, Status, is_alive, read_status
 from fleetwire_shared.limits import AGENT_KEY_PATTERN
 
@@ -158,19 +151,6 @@ def _check_way(options: Options, settings: Any) -> str:
             raise
         return f"not now: {err.message}"
     return f"{options.server} answers at {address}"
-
-
-def check_place() -> None:
-    """Refuse to be a command of the agent that would be stopped half-way through."""
-    try:
-        is_in_unit = UNIT_NAME in Path("/proc/self/cgroup").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        is_in_unit = False
-    if is_in_unit or COMMAND_ID_VARIABLE in os.environ:
-        raise InstallError(
-            "unsupported",
-            "this runs as a command of the agent itself, which would end it half-way: run it from a shell of the host",
-        )
 
 
 def check_identity(options: Options, key_before: str) -> None:
@@ -462,65 +442,3 @@ def _describe_success(plan: Plan, changes: Changes, status: Status | None) -> Ou
 def _remove_tree(path: Path) -> None:
     if path.exists():
         shutil.rmtree(path)
-
-
-# ---------------------------------------------------------------- one at a time, and not half
-
-
-@contextmanager
-def only_one() -> Iterator[None]:
-    """Hold the lock of this host. Raises InstallError: another run holds it."""
-    while True:
-        descriptor = os.open(LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            os.close(descriptor)
-            raise InstallError(
-                "busy", "another installation is under way on this host; wait for its end and try again"
-            ) from err
-        try:  # the run before may have removed the file while this one waited to open it
-            if os.fstat(descriptor).st_ino == LOCK.stat().st_ino:
-                break
-        except FileNotFoundError:
-            pass
-        os.close(descriptor)
-    try:
-        yield
-    finally:
-        LOCK.unlink(missing_ok=True)
-        os.close(descriptor)
-
-
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Let signals that end a program undo the installation first."""
-
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        del frame
-        raise InstallInterrupt(f"interrupted by {signal.Signals(number).name}")
-
-    before = {number: signal.signal(number, interrupt) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _pass_over(number: int, frame: FrameType | None) -> None:
-    del number, frame
-
-
-@contextmanager
-def not_interruptible() -> Iterator[None]:
-    """Pass over signals. Not SIG_IGN, which programs started meanwhile would inherit."""
-    before = {number: signal.signal(number, _pass_over) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.changes import hand_over
+from fleetwire_agent.install.exclusive import check_place, only_one
 from fleetwire_agent.install.failures import InstallError, describe_os_error
 from fleetwire_agent.install.host import check_root, find_init
-from fleetwire_agent.install.installation import check_place, only_one
 from fleetwire_agent.install.layout import (
     INIT_SCRIPT,
     KEY,

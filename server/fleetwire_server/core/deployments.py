@@ -4,7 +4,7 @@ import asyncio
 import importlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -402,21 +402,7 @@ class _HostSide:
 
 def host_document(host: DeploymentHost) -> dict[str, object]:
     """Return a host of a deployment as viewers of its events get it."""
-    return {
-        "host": host.host,
-        "port": host.port,
-        "ssh_user": host.ssh_user,
-        "label": host.label,
-        "profile": host.profile,
-        "status": host.status,
-        "agent_id": host.agent_id,
-        "host_key": host.host_key,
-        "step": host.step,
-        "reason": host.reason,
-        "detail": host.detail,
-        "started_at": host.started_at,
-        "finished_at": host.finished_at,
-    }
+    return asdict(host)
 
 
 async def _load_deploy() -> _Deploy:

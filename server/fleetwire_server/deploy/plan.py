@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from fleetwire_server.deploy.errors import DeployError, deploy_error
 from fleetwire_server.deploy.facts import HostFacts, PythonFact
 from fleetwire_server.deploy.python_hint import python_advice
+from fleetwire_shared.limits import INSTALLATION_BYTES
 
 RootBy: TypeAlias = Literal["login", "sudo", "sudo with password"]
 Profile: TypeAlias = Literal["manage", "monitor"]
@@ -18,8 +19,6 @@ CHECK = "check"
 
 PYTHON_MINIMUM = (3, 11)
 ARCHITECTURES = ("x86_64", "aarch64")
-OPT_NEEDED_BYTES = 16 * 1024 * 1024
-"""The agent unpacked and compiled, beside the version it replaces."""
 TMP_NEEDED_BYTES = 4 * 1024 * 1024
 
 BUNDLE_NAME = "fleetwire-agent.pyz"
@@ -171,7 +170,7 @@ _PUBLIC_URL = "start the server with --public-url and a URL under which hosts re
 
 def _check_space(facts: HostFacts) -> None:
     for place, free, needed in (
-        ("/opt", facts.opt_free_bytes, OPT_NEEDED_BYTES),
+        ("/opt", facts.opt_free_bytes, INSTALLATION_BYTES),
         ("/tmp", facts.tmp_free_bytes, TMP_NEEDED_BYTES),  # noqa: S108 - named, not used
     ):
         if free is not None and free < needed:

@@ -297,8 +297,7 @@ def _installer_error(result: dict[str, Any], server_url: str) -> DeployError:
     said, reason = str(result.get("detail", ""))[:MAX_DETAIL_CHARACTERS], str(result.get("reason"))
     told = _REASON_OF_INSTALLER.get(reason, "install_failed")
     if told == "already_managed":
-        other = result.get("agent_id")
-        return already_managed(other if isinstance(other, str) else None)
+        return already_managed(None)  # it came between the facts and the installation
     advice = f": {route_advice(server_url)}" if told in ("no_route", "not_connected") else ""
     return deploy_error("install", told, f"the host says: {said}{advice}")
 
