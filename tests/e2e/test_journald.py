@@ -138,8 +138,9 @@ async def test_entries_are_filtered_by_all_that_the_journal_knows(
     path = f"/api/agents/{agent_id}"
     stamp = time.time_ns()
 
-    # Unit, with what systemd says of it; while it runs and when it is gone.
-    await run(host, "systemd-run --quiet --wait --unit=probe sh -c 'echo one; echo two >&2; logger -p 3 three'")
+    # Unit, with what systemd says of it; while it runs and when it is gone. By one stream, which journald knows to be
+    # the unit's: of a `logger` that has ended before journald looks, it cannot tell the unit.
+    await run(host, "systemd-run --quiet --wait --unit=probe sh -c 'echo one; echo two; echo \"<3>three\"'")
     wanted = ("one", "two", "three")
     lines = await first_lines(e2e_api, agent_id, 5, unit="probe", lines=100)
     assert [text for text in (line.rpartition(": ")[2] for line in lines) if text in wanted] == list(wanted)

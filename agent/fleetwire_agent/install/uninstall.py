@@ -107,7 +107,7 @@ def remove_all(service: Service, *, is_purging: bool, is_leaving: bool) -> list[
         try:
             _remove(path)
         except OSError as err:
-            problems.append(f"{err.filename or path}: {err.strerror}")
+            problems.append(f"{path} ({err.filename}: {err.strerror})")
         else:
             removed.append(str(path))
     _remove_leftovers(is_purging=is_purging)
