@@ -58,7 +58,7 @@ async def run_agent(config: AgentConfig) -> None:
             journal_directory=config.journal_directory,
             profile=config.profile,
         )
-        removal = Removal(config, spawner, commands, stop)
+        removal = Removal(config, spawner, commands, status, stop)
         requests = Requests(
             answers=outbox,
             list_units=partial(list_units, spawner, config.journal_directory),
@@ -104,10 +104,13 @@ async def list_units(spawner: Spawner, journal_directory: str | None) -> tuple[t
 class Removal:
     """Takes this agent off its host while it runs."""
 
-    def __init__(self, config: AgentConfig, spawner: Spawner, commands: Commands, stop: asyncio.Event) -> None:
+    def __init__(
+        self, config: AgentConfig, spawner: Spawner, commands: Commands, status: StatusFile, stop: asyncio.Event
+    ) -> None:
         self._profile = config.profile
         self._spawner = spawner
         self._commands = commands
+        self._status = status
         self._stop = stop
 
     async def remove(self, purge: bool) -> tuple[str, ...]:
@@ -116,6 +119,7 @@ class Removal:
 
         with self._spawner.sharing_children():
             removed = await asyncio.to_thread(uninstall.remove_running_agent, profile=self._profile, purge=purge)
+        self._status.close()  # it would come back where the state's directory is a mount point, which stays
         await self._commands.stop()
         return removed
 

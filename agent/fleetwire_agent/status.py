@@ -44,6 +44,7 @@ class StatusFile:
         self._now = now
         self._status: Status | None = None
         self._has_complained = False
+        self._is_closed = False
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="status")
 
     def __enter__(self) -> Self:
@@ -54,6 +55,10 @@ class StatusFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._threads.shutdown(wait=False)
+
+    def close(self) -> None:
+        """Write no more."""
+        self._is_closed = True
 
     def note(self, state: LinkState, *, agent_id: str | None = None, detail: str | None = None) -> None:
         """Say what the link does now. Returns at once."""
@@ -68,7 +73,7 @@ class StatusFile:
             pid=os.getpid(),
             detail=detail or (before.detail if before is not None and state == "connecting" else None),
         )
-        if self._status != before:
+        if self._status != before and not self._is_closed:
             self._threads.submit(self._write, self._status)
 
     def _make_directory(self) -> None:
