@@ -98,13 +98,16 @@ def read_user(name: str) -> pwd.struct_passwd | None:
         return None
 
 
-def run_quietly(command: Sequence[str], *, seconds: float = 30.0) -> str:
-    """Run an administrator's program and return what it wrote; "" when it failed."""
+def run_program(command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run an administrator's program to its end, and return how it ended and what it said, in English.
+
+    Raises:
+        InstallError: there is none of that name, or it did not end."""
     program = find_program(command[0])
     if program is None:
-        return ""
+        raise InstallError("unsupported", f"there is no {command[0]} on this host")
     try:
-        result = subprocess.run(  # noqa: S603 - a fixed program
+        return subprocess.run(  # noqa: S603 - a fixed program
             [program, *command[1:]],
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -114,7 +117,15 @@ def run_quietly(command: Sequence[str], *, seconds: float = 30.0) -> str:
             check=False,
             env={"PATH": ADMIN_PATH, "LC_ALL": "C"},
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired as err:
+        raise InstallError("failed", f"{' '.join(command)} did not end within {seconds:.0f} seconds") from err
+
+
+def run_quietly(command: Sequence[str], *, seconds: float = 30.0) -> str:
+    """Run an administrator's program and return what it wrote; "" when it failed."""
+    try:
+        result = run_program(command, seconds=seconds)
+    except (InstallError, OSError):
         return ""
     return result.stdout if result.returncode == 0 else ""
 

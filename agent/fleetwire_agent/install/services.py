@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.changes import Changes
 from fleetwire_agent.install.failures import InstallError
-from fleetwire_agent.install.host import ADMIN_PATH, Init, find_program, has_group, run_quietly
+from fleetwire_agent.install.host import Init, has_group, run_program, run_quietly
 from fleetwire_agent.install.layout import (
     CREDENTIALS,
     CURRENT,
@@ -85,22 +85,7 @@ def make_service(init: Init) -> Service:
 
 def call(*command: str, may_fail: bool = False) -> None:
     """Run a program of the service manager. Raises InstallError with what it said."""
-    program = find_program(command[0])
-    if program is None:
-        raise InstallError("unsupported", f"there is no {command[0]} on this host")
-    try:
-        result = subprocess.run(  # noqa: S603 - a fixed program
-            [program, *command[1:]],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_CALL_SECONDS,
-            check=False,
-            env={"PATH": ADMIN_PATH, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired as err:
-        raise InstallError("failed", f"{' '.join(command)} did not end within {_CALL_SECONDS:.0f} seconds") from err
+    result = run_program(command, seconds=_CALL_SECONDS)
     if result.returncode and not may_fail:
         said = (result.stderr or result.stdout).strip()
         raise InstallError("failed", f"{' '.join(command)} failed: {said or f'status {result.returncode}'}")

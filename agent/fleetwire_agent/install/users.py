@@ -1,12 +1,15 @@
 """The system user of the profile monitor: made and removed with whatever the distribution has for it."""
 
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 from fleetwire_agent.install.failures import InstallError, Reason
-from fleetwire_agent.install.host import ADMIN_PATH, find_program, has_group, read_user
+from fleetwire_agent.install.host import find_program, has_group, read_user, run_program
 from fleetwire_agent.install.layout import USER, USER_COMMENT
+
+_USER_SECONDS: Final = 60.0
+"""Somebody else may hold the lock of the user database."""
 
 
 def is_our_user() -> bool:
@@ -40,24 +43,7 @@ def remove_user() -> None:
 
 
 def _run(command: Sequence[str]) -> None:
-    program = find_program(command[0])
-    if program is None:
-        raise InstallError("unsupported", f"there is no {command[0]} on this host")
-    try:
-        result = subprocess.run(  # noqa: S603 - a fixed program
-            [program, *command[1:]],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-            check=False,
-            env={"PATH": ADMIN_PATH, "LC_ALL": "C"},
-        )
-    except subprocess.TimeoutExpired as err:
-        raise InstallError(
-            "failed", f"{command[0]} did not end within 60 seconds; is the user database locked?"
-        ) from err
+    result = run_program(command, seconds=_USER_SECONDS)
     if result.returncode:
         said = (result.stderr or result.stdout).strip()
         reason: Reason = "disk_full" if "No space left" in said else "failed"

@@ -58,13 +58,20 @@ def kill_group(group: Path) -> None:
 
 def remove_group(group: Path) -> None:
     """Remove the group with those below. Raises HostError where processes are left in it."""
-    for directory, _, _ in os.walk(group, topdown=False):
-        try:
-            Path(directory).rmdir()
-        except FileNotFoundError:
-            continue
-        except OSError as err:
-            raise HostError(f"{directory} cannot be removed: {err.strerror}; it holds {list_processes(group)}") from err
+
+    def is_removed() -> bool:
+        for directory, _, _ in os.walk(group, topdown=False):
+            try:
+                Path(directory).rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError as err:
+                if err.errno != errno.EBUSY:
+                    raise HostError(f"{directory} cannot be removed: {err.strerror}") from err
+                return False  # the last process is no longer listed, and the kernel not yet done with it
+        return True
+
+    wait_until(is_removed, f"the end of {group}, which holds {list_processes(group)}", _KILL_SECONDS)
 
 
 def remove_parent() -> None:
