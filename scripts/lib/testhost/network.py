@@ -3,8 +3,10 @@
 Nothing is routed: hosts reach each other and this machine's address on the bridge, and nothing else."""
 
 import ipaddress
+from pathlib import Path
 from typing import Final
 
+from .processes import wait_until
 from .programs import run, try_run
 
 BRIDGE: Final = "fleetwire0"
@@ -14,6 +16,7 @@ HOST_COUNT: Final = 60_000  # numbers before they start again; 10.213.1.0 is the
 
 _BLOCKED: Final = 0
 _FORWARDING: Final = 3
+_PLUG_IN_SECONDS: Final = 10
 _INTERFACE: Final = "host0"  # as systemd-nspawn names it
 
 
@@ -62,7 +65,10 @@ def add_network(number: int, *, is_cut: bool) -> None:
         f"link set {_INTERFACE} up",
     ]
     run("ip", "-n", namespace, "-batch", "-", content="\n".join(commands))
-    if is_cut:  # only now: a cable that is plugged in at both ends starts to forward
+    if is_cut:
+        # The kernel lets a cable that is plugged in at both ends forward a moment later: it would undo an earlier cut.
+        port_state = Path(f"/sys/class/net/{cable}/brport/state")
+        wait_until(lambda: int(port_state.read_text()) == _FORWARDING, f"{cable} forwarding", _PLUG_IN_SECONDS)
         cut(number)
 
 
