@@ -28,7 +28,6 @@ from fleetwire_shared.messages import (
     AgentMessage,
     ChannelRefused,
     CommandAccepted,
-    CommandCancel,
     CommandFinished,
     CommandOutput,
     CommandRejected,
@@ -147,7 +146,7 @@ class AgentConnection:
         )
         await self._app[STORE].write(partial(self._record_arrival, session))
         settled = await self._app[DISPATCH].settle(self._agent_id, hello)
-        session.command_ids.update(answer.command_id for answer in settled.answers if answer.action == "keep")
+        session.command_ids.update(settled.reportable_ids)
         self.send(
             Welcome(
                 protocol=protocol,
@@ -158,11 +157,11 @@ class AgentConnection:
                 heartbeat_seconds=HEARTBEAT_SECONDS,
                 silence_seconds=SILENCE_SECONDS,
                 metrics_seconds=METRICS_SECONDS,
-                ledger=settled.answers,
+                ledger=tuple(settled.answers),
             )
         )
-        for command_id in settled.to_cancel:
-            self.send(CommandCancel(command_id=command_id))
+        for cancel in settled.cancels:
+            self.send(cancel)
         return session
 
     async def _enter(self, session: AgentSession) -> None:

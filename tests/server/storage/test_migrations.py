@@ -50,7 +50,7 @@ async def test_a_database_of_a_newer_version_is_refused_and_left_alone(tmp_path:
             lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '9999'")) and None
         )
     before = (tmp_path / "fleetwire.db").read_bytes()
-    with pytest.raises(ConflictError, match=r"newer version .* 9999, .* up to 0002.*backup"):
+    with pytest.raises(ConflictError, match=r"newer version .* 9999, .* up to 0003.*backup"):
         async with running_store(url):
             pass
     assert (tmp_path / "fleetwire.db").read_bytes() == before
