@@ -140,20 +140,21 @@ class Part:
 
 
 class Server(Part):
-    """`fleetwire-server serve` on a port that it keeps over its lives."""
+    """`fleetwire-server serve` on a port that it keeps over its lives; `port` 0 is any free one."""
 
     def __init__(
         self,
         directory: Path,
         *,
         password: str,
+        port: int = 0,
         data_dir: Path | None = None,
         environment: Mapping[str, str] | None = None,
         prefix: Sequence[str | Path] = (),
         log: Path | None = None,
     ) -> None:
         self.data_dir = data_dir or directory / "server"
-        self._port = 0
+        self._port = port
         super().__init__(
             "server",
             [],
@@ -217,6 +218,15 @@ class Agent(Part):
     @property
     def path(self) -> str:
         return f"/api/agents/{self.agent_id}"
+
+    async def wait_until_connected(self) -> None:
+        """Return once it was greeted by the server in this life. Raises ChaosError."""
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                while "connected as" not in self.read_log():  # noqa: ASYNC110 - a log has no event
+                    await asyncio.sleep(POLL_SECONDS)
+        except TimeoutError as err:
+            raise ChaosError(f"the {self.name} did not connect:\n{self.last_words()}") from err
 
 
 def find_program(name: str) -> str:
