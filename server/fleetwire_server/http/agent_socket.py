@@ -7,6 +7,7 @@ from functools import partial
 from aiohttp import WSMsgType, web
 
 from fleetwire_server.core.sessions import AgentSession
+from fleetwire_server.http.outbox import Outbox
 from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS
 from fleetwire_server.keys import CHANNELS, DISPATCH, INGEST, NOW, REQUESTS, SESSIONS, STORE
 from fleetwire_server.storage import agents
@@ -80,7 +81,7 @@ class AgentConnection:
         self._agent_id = request[AGENT].agent_id
         self._key_hash = request[AGENT].key_hash
         self._ip = request[CLIENT_ADDRESS]
-        self._outgoing: asyncio.Queue[ServerMessage] = asyncio.Queue(MAX_QUEUED_FRAMES)
+        self._outgoing = Outbox(MAX_QUEUED_FRAMES)
         self._incoming: asyncio.Queue[AgentMessage] = asyncio.Queue(MAX_UNPROCESSED_FRAMES)
         self._ending: asyncio.Future[LinkEndedError] = asyncio.get_running_loop().create_future()
 
@@ -88,7 +89,7 @@ class AgentConnection:
 
     def send(self, message: ServerMessage) -> None:
         try:
-            self._outgoing.put_nowait(message)
+            self._outgoing.put(message)
         except asyncio.QueueFull:
             self.close(CLOSE_OVERLOADED, "too many frames wait for the agent")
 
@@ -279,7 +280,7 @@ class AgentConnection:
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
-                    message = await self._outgoing.get()
+                    message = await self._outgoing.take()
             except TimeoutError:
                 message = Heartbeat()
             try:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
 from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
@@ -13,6 +13,8 @@ from fleetwire_server.model import Command, CommandStatus, KilledProcess, Output
 from fleetwire_shared.errors import NotFoundError
 
 from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
+
+Stream: TypeAlias = Literal["stdout", "stderr"]
 
 # Statements of every command's way are built once: building one takes longer than running it.
 _AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
@@ -25,7 +27,7 @@ _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
 _OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
-_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+_STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 
 
 class CommandChanges(TypedDict, total=False):
@@ -205,7 +207,7 @@ def list_output(
     command_id: str,
     from_position: int,
     limit_bytes: int,
-    stream: Literal["stdout", "stderr"] | None = None,
+    stream: Stream | None = None,
 ) -> list[OutputPiece]:
     """Return stored pieces from a position on, in order; of one stream only, when it is given.
 
@@ -246,7 +248,7 @@ class KeptOutput:
 def describe_output(
     connection: Connection,
     command_id: str,
-    stream: Literal["stdout", "stderr"] | None = None,
+    stream: Stream | None = None,
     *,
     gaps_from: int = 0,
     max_gaps: int = 1,
@@ -269,7 +271,7 @@ def describe_output(
     return KeptOutput(size_bytes, last, tuple((row.before, row.at) for row in connection.execute(gaps)))
 
 
-def find_position(connection: Connection, command_id: str, stream: Literal["stdout", "stderr"], offset: int) -> int:
+def find_position(connection: Connection, command_id: str, stream: Stream, offset: int) -> int:
     """Return the position of a stored byte of one stream."""
     of_stream = (COMMAND_OUTPUT.c.command_id == command_id) & (COMMAND_OUTPUT.c.stream == stream)
     found = connection.execute(
@@ -346,7 +348,7 @@ def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:
     )
 
 
-def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) -> int:
+def _end_of(stream: Stream, pieces: Iterable[OutputPiece]) -> int:
     """Return the offset after the last of that stream's pieces, 0 when there are none."""
     return max((piece.offset + len(piece.data) for piece in pieces if piece.stream == stream), default=0)
 
@@ -354,7 +356,7 @@ def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) 
 def _delete_middle(
     connection: Connection,
     command_id: str,
-    stream: Literal["stdout", "stderr"],
+    stream: Stream,
     fresh: Iterable[OutputPiece],
     half_bytes: int,
 ) -> int:
@@ -376,7 +378,7 @@ def _delete_middle(
     ).rowcount
 
 
-def _address_of(command_id: str, stream: Literal["stdout", "stderr"] | None) -> tuple[Column[int], ColumnElement[bool]]:
+def _address_of(command_id: str, stream: Stream | None) -> tuple[Column[int], ColumnElement[bool]]:
     """Return what addresses a piece, and which pieces are meant."""
     of_command = COMMAND_OUTPUT.c.command_id == command_id
     if stream is None:
