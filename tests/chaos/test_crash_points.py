@@ -202,12 +202,14 @@ async def live_server(prepared: Prepared, directory: Path, prefix: Sequence[str]
                 expects_end=True,
             )
             await run.go([])
+            if was_killed := not server.prefix:
+                return tell(directory.name, run, await run.finish(), was_killed=was_killed)
             await server.stop()
-            was_killed = server.exit_status == -9 or not server.prefix
+            was_killed = server.exit_status == -9
             server.prefix = []
             await server.start()
             await agent.stop()
-            await agent.start()
+            await agent.start()  # its backoff need not be waited for
             await agent.wait_until_connected()
             return tell(directory.name, run, await run.finish(), was_killed=was_killed)
 

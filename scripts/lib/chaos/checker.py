@@ -27,7 +27,7 @@ class Evidence:
         ends_seen: the statuses it was over with, in the order in which they were seen.
         other_ids: commands that later submits with the same key were answered with.
         living: its processes that are still there, described.
-        may_be_unproved: its host, or what watched it there, died while it was the agent's."""
+        excused: ends that are honest though they prove nothing, as its host died, or what watched it there."""
 
     order: Order
     command_id: str | None = None
@@ -38,7 +38,7 @@ class Evidence:
     ends_seen: list[str] = field(default_factory=list)
     other_ids: set[str] = field(default_factory=set)
     living: Sequence[str] = ()
-    may_be_unproved: bool = False
+    excused: Set[str] = frozenset()
 
     @property
     def status(self) -> str:
@@ -98,7 +98,7 @@ def _check_end(evidence: Evidence, runs: int) -> Iterator[tuple[str, str]]:
     if status not in OVER:
         yield "not over", f"its status is {status}"
     elif status in UNPROVED:
-        if not evidence.may_be_unproved:
+        if status not in evidence.excused:
             yield "unproved end", f"it is {status}, though its host lived"
     elif status not in order.ends:
         yield "wrong end", f"it is {status}, and can only be {' or '.join(sorted(order.ends))}"

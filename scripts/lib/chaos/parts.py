@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -290,14 +291,26 @@ def end_all(run: str) -> None:
 
 
 def stop_all(run: str) -> list[int]:
-    """Freeze all of a run, also what it starts meanwhile; return the pids."""
+    """Freeze all of a run, also what it starts meanwhile; return the pids. Blocking."""
     stopped: list[int] = []
     while fresh := [process.pid for process in find_living(run) if process.pid not in stopped]:
         for pid in fresh:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGSTOP)
+        while any(_runs_on(pid) for pid in fresh):
+            time.sleep(0.001)
         stopped += fresh
     return stopped
+
+
+def _runs_on(pid: int) -> bool:
+    """Whether a thread of a process that was told to stop still computes. One that waits in the kernel (D) will stop
+    before it gets back to its program."""
+    for path in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if path.read_text().rpartition(")")[2].split()[0] in "RS":
+                return True
+    return False
 
 
 def resume_all(pids: Iterable[int]) -> None:

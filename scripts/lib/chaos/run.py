@@ -174,6 +174,13 @@ class Run:
     def __post_init__(self) -> None:
         self.evidences = {order.token: Evidence(order=order) for order in self.orders}
 
+    def adopt(self, command_id: str, token: str, ends_seen: Sequence[str]) -> Evidence:
+        """Take over a command that was submitted elsewhere, and what was seen of it."""
+        evidence = self.evidences[token]
+        self._note_id(evidence, command_id)
+        evidence.ends_seen = list(ends_seen)
+        return evidence
+
     async def go(self, strikes: Sequence[Strike]) -> None:
         """Submit all orders, cancel those that are to be, while faults strike; return when all of them are healed."""
         async with asyncio.TaskGroup() as group:
@@ -297,6 +304,10 @@ class Run:
             await self._at_once(self._look, pending)
             pending = [evidence for evidence in pending if evidence.status not in OVER]
             await asyncio.sleep(0.5)
+
+    async def look_at_all(self) -> None:
+        """Get all commands as they are now."""
+        await self._at_once(self._look, list(self._by_id.values()))
 
     async def _look(self, evidence: Evidence) -> None:
         answer = await self.fleet.client.fetch("GET", self._path(evidence), statuses=(200, 404))
