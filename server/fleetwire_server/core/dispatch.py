@@ -326,8 +326,15 @@ def _requeue(connection: Connection, command: Command, event: CommandEvent, now:
 
 
 def _requeue_unsent(connection: Connection, *, unsent: Iterable[Command], now: float) -> list[Command]:
-    requeued = [_requeue(connection, command, CommandEvent.UNSENT, now) for command in unsent]
-    return [command for command in requeued if command is not None]
+    """Queue again what was not sent; what was cancelled meanwhile is over with that, as nobody has received it."""
+    changed = []
+    for command in unsent:
+        requeued = _requeue(connection, command, CommandEvent.UNSENT, now)
+        if requeued is not None and requeued.cancel_requested_at is not None:
+            requeued = _move(connection, requeued, CommandEvent.CANCEL_ASKED, now, _CANCELLED_ERROR)
+        if requeued is not None:
+            changed.append(requeued)
+    return changed
 
 
 def _cancel(connection: Connection, *, agent_id: str, command_id: str, now: float) -> Command:

@@ -273,6 +273,17 @@ async def test_what_was_stored_as_offered_to_a_session_that_is_gone_goes_to_the_
     assert present.command_ids == {ID}
 
 
+async def test_what_was_cancelled_before_it_could_be_sent_is_over(world: World) -> None:
+    gone = await world.connect()
+    world.sessions.remove(gone, said_goodbye=False)
+    await world.hold(status=CommandStatus.OFFERED, **SAME)
+    offered = await world.command()
+    await world.dispatch.cancel("agent_1", ID)
+    await world.dispatch._deliver(gone, [offered])
+    command = await world.command()
+    assert (command.status, command.cancel_requested_at, command.accepted_at) == ("cancelled", NOW, None)
+
+
 # ---------------------------------------------------------------- orphans
 
 
