@@ -4,7 +4,7 @@ import asyncio
 import random
 import secrets
 import shutil
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from scripts.lib.chaos.workload import (
     make_token,
 )
 from tests.support.processes import find_free_port
-from tests.support.syncs import count_syncs, needs_strace, tracing
+from tests.support.syncs import count_syncs, has_killed, needs_strace, tracing, tracing_runners
 
 pytestmark = needs_strace
 
@@ -93,8 +93,8 @@ async def live_all(live: Callable[[int], Awaitable[Life]], last: int, *, at_once
 # ---------------------------------------------------------------- the agent
 
 
-async def live_agent(fleet: Fleet, directory: Path, prefix: Sequence[str]) -> Life:
-    """Run the handful by an agent that is started by `prefix`, and once more without it."""
+async def live_agent(fleet: Fleet, directory: Path, prefix: Sequence[str], *, excused: Set[str] = frozenset()) -> Life:
+    """Run the handful by an agent that is started by `prefix`, then once more without it. `excused`: see Evidence."""
     directory.mkdir()
     canary = directory / "canary"
     canary.touch()
@@ -112,6 +112,8 @@ async def live_agent(fleet: Fleet, directory: Path, prefix: Sequence[str]) -> Li
         await agent.start()
         own = Fleet(directory, Target(fleet.target.server, (agent,), ()), fleet.client, canary)
         run = Run(own, make_handful(), Record(), expects_end=True)
+        for evidence in run.evidences.values():
+            evidence.excused = excused
         await run.go([])
         await agent.stop()
         was_killed = agent.exit_status == -9 or not agent.prefix
@@ -135,6 +137,31 @@ async def test_an_agent_may_be_killed_at_any_sync(tmp_path: Path) -> None:
         lives = await live_all(live, count_syncs(tmp_path / "syncs"), at_once=AGENTS_AT_ONCE)
     print(f"{len(lives)} syncs of an agent")
     assert lives, "it never synced: its ledger is not durable"
+    expect_truth(lives)
+
+
+# ---------------------------------------------------------------- what watches a command
+
+
+@pytest.mark.timeout(300)
+async def test_a_runner_may_be_killed_at_any_sync(tmp_path: Path) -> None:
+    """Its agent lives, and says that the command was interrupted: it ends what is left of it, and runs it no more."""
+    (tmp_path / "server").mkdir()
+
+    async with running_fleet(tmp_path / "server", 0) as fleet:
+
+        async def live(number: int, kill_at: int | None) -> Life:
+            prefix = tracing_runners(tmp_path / f"python-{number}", tmp_path / f"syncs-{number}", kill_at=kill_at)
+            excused = {"interrupted"} if kill_at else set[str]()
+            life = await live_agent(fleet, tmp_path / f"agent-{number}", prefix, excused=excused)
+            return replace(life, was_killed=has_killed(*tmp_path.glob(f"syncs-{number}-*")))
+
+        undisturbed = await live(0, None)
+        assert not undisturbed.story, "\n".join(undisturbed.story)
+        last = count_syncs(*tmp_path.glob("syncs-0-*"))
+        lives = await live_all(lambda number: live(number, number), last, at_once=AGENTS_AT_ONCE)
+    print(f"{len(lives)} syncs of a runner")
+    assert lives, "no runner synced: results are not durable"
     expect_truth(lives)
 
 

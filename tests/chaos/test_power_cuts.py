@@ -22,12 +22,19 @@ from scripts.lib.chaos.parts import RUN_VARIABLE, Agent, Part, Server, closing, 
 from scripts.lib.chaos.record import Record
 from scripts.lib.chaos.report import find_traces
 from scripts.lib.chaos.run import Fleet, Run, make_plan
-from tests.support.disks import booted_again, copy_as_a_power_cut_leaves_it, find_disk_obstacles, mounted, new_disk
+from tests.support.disks import (
+    NO_POWER_CUTS,
+    booted_again,
+    copy_as_a_power_cut_leaves_it,
+    find_disk_obstacles,
+    mounted,
+    new_disk,
+)
 from tests.support.processes import find_free_port
 
 CUTS = 50
-COMMANDS = 200
-STRIKES = 25  # two seconds each, over which the commands are spread
+COMMANDS = 120
+STRIKES = 18  # two seconds each, over which the commands are spread
 AT_ONCE = 3
 
 
@@ -75,7 +82,7 @@ Attempt: TypeAlias = Callable[[Cuts, Cut], Awaitable[list[str]]]
 @pytest.fixture(scope="module")
 def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
     if obstacles := find_disk_obstacles():
-        pytest.skip(f"NO POWER CUTS: {' '.join(obstacles)}")
+        pytest.skip(f"{NO_POWER_CUTS}: {' '.join(obstacles)}")
     return asyncio.run(run_and_cut(tmp_path_factory.mktemp("power")))
 
 
@@ -94,7 +101,7 @@ async def run_and_cut(directory: Path) -> Cuts:
 
         async def cut_all() -> None:
             for number in range(CUTS):
-                await asyncio.sleep(random_moments.uniform(0.2, 1.5))
+                await asyncio.sleep(random_moments.uniform(0.1, 1.1))
                 made.append(cut(run, directory, number))
 
         async with asyncio.TaskGroup() as group:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+NO_POWER_CUTS: Final = "NOT TESTED: POWER CUTS"
 _BLOCK_BYTES: Final = 64 * 1024
 
 

@@ -74,7 +74,7 @@ def _shorten(evidence: Evidence) -> dict[str, object] | None:
 def find_traces(directory: Path, command_id: str) -> Iterator[str]:
     """Yield the lines of all logs and state files that name a command, and the files that are named after it."""
     for path in sorted(directory.rglob("*")):
-        if not path.is_file() or path.is_symlink():
+        if path.is_symlink() or not path.is_file() or path.suffix == ".img":
             continue
         relative = path.relative_to(directory)
         content = path.read_bytes()
