@@ -19,6 +19,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 from fleetwire_agent.command_states import Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
+from fleetwire_agent.runners import COMMANDS
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.errors import ConflictError, UnavailableError
 from fleetwire_shared.limits import COMMAND_PREVIEW_CHARACTERS, OUTPUT_WINDOW_BYTES
@@ -160,7 +161,7 @@ class Ledger:
         self.is_reported = asyncio.Event()  # the server has stored the end of every command that ended
         self.is_reported.set()
         self._directory = directory
-        self._commands_directory = directory / "commands"
+        self._commands_directory = directory / COMMANDS
         self._file = LedgerFile(directory, self._list_live)
         self._spool_bytes = spool_bytes
         self._now = now

@@ -1,8 +1,8 @@
 """A log of records on disk: appended, checksummed, made durable together, compacted into its twin.
 
 Two files of the same size, allocated in advance, so that a full disk does not keep the agent from its work. One is the
-log; when it is full, the records that still count are written to the other with the next generation number, whose header
-is written last. Frames carry their generation in the checksum, so what a file held before is no record of the present."""
+log; when it is full, the records that still count are written to the other, under the next generation number and with
+the header last. Frames carry their generation in the checksum: what a file held before is no record of the present."""
 
 import asyncio
 import fcntl

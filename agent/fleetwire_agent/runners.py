@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import select
 import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
@@ -17,6 +19,12 @@ from fleetwire_agent.runner import files
 
 LAUNCH_SECONDS: Final = 30.0
 """A service manager that takes longer does not work."""
+
+STOP_SECONDS: Final = 10.0
+"""How long an uninstallation waits for commands to be stopped."""
+
+COMMANDS: Final = "commands"
+"""Of the state directory: one directory for each command."""
 
 MAX_TASKS: Final = 4096
 """Processes and threads of one command in its unit: what a fork bomb can become."""
@@ -100,6 +108,16 @@ class RunnerLink:
         except OSError as err:
             _log.debug("a runner does not listen: %s", err)
 
+    def wait_for_end(self, deadline: float) -> None:
+        """Wait until the runner has ended, or the monotonic clock shows that time. Blocking."""
+        while (seconds := deadline - time.monotonic()) > 0:
+            readable, _, _ = select.select([self._peer], [], [], seconds)
+            try:
+                if readable and not self._peer.recv(_MAX_WORD_BYTES):
+                    return
+            except OSError:
+                return
+
     def close(self) -> None:
         self._peer.close()
 
@@ -121,6 +139,22 @@ def connect(directory: Path) -> RunnerLink | None:
     finally:
         os.close(place)
     return RunnerLink(peer)
+
+
+def stop_commands(directory: Path) -> int:
+    """Have all runners below the directory end their commands, as the agent is removed; return how many. Blocking.
+
+    Each leaves its result: an agent that is installed later with the same state tells of it."""
+    if not directory.is_dir():
+        return 0
+    links = [link for path in directory.iterdir() if path.is_dir() and (link := connect(path)) is not None]
+    deadline = time.monotonic() + STOP_SECONDS
+    for link in links:
+        link.send("stop interrupted")
+    for link in links:
+        link.wait_for_end(deadline)
+        link.close()
+    return len(links)
 
 
 async def kill_leftovers(command_ids: Sequence[str]) -> None:

@@ -19,8 +19,11 @@ class ControlGroup:
         """Move the calling process into the group. Raises OSError."""
         self._write("cgroup.procs", "0")
 
-    def read_members(self) -> set[ProcessRow]:
-        rows = (read_process(pid) for pid in self._list_pids())
+    def is_larger_than(self, count: int) -> bool:
+        return len(self._list_pids()) > count
+
+    def read_members(self, *, limit: int | None = None) -> set[ProcessRow]:
+        rows = (read_process(pid) for pid in self._list_pids()[:limit])
         return {row for row in rows if row}
 
     def kill(self) -> None:

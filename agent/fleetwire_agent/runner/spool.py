@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from contextlib import suppress
+from itertools import pairwise
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
@@ -76,24 +77,16 @@ class SpoolWriter:
             _LETTER_OF[stream], self.position, self.written_bytes[stream], len(content), zlib.crc32(content)
         )
         try:
-            self._write(header + content)
+            self._write(self._begin_piece(_HEADER.size + len(content)), header + content)
         except OSError:
             self.has_failed = True
         self.position += len(content)
         self.written_bytes[stream] += len(content)
 
-    def _write(self, frame: bytes) -> None:
-        if self._descriptor is None or self._size_bytes + len(frame) > SEGMENT_BYTES:
-            self._begin_segment()
-        assert self._descriptor is not None
-        written = os.write(self._descriptor, frame)
-        if written < len(frame):  # full: a reader would take the rest of this piece for the next
-            os.ftruncate(self._descriptor, self._size_bytes)
-            os.lseek(self._descriptor, self._size_bytes, os.SEEK_SET)
-            raise OSError
-        self._size_bytes += written
-
-    def _begin_segment(self) -> None:
+    def _begin_piece(self, size_bytes: int) -> int:
+        """Return the descriptor to write so much to: of the present segment, or of a new one where that is full."""
+        if self._descriptor is not None and self._size_bytes + size_bytes <= SEGMENT_BYTES:
+            return self._descriptor
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -102,6 +95,15 @@ class SpoolWriter:
             _path(self._directory, self.position), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
         )
         self._size_bytes = 0
+        return self._descriptor
+
+    def _write(self, descriptor: int, frame: bytes) -> None:
+        written = os.write(descriptor, frame)
+        if written < len(frame):  # full: a reader would take the rest of this piece for the next
+            os.ftruncate(descriptor, self._size_bytes)
+            os.lseek(descriptor, self._size_bytes, os.SEEK_SET)
+            raise OSError
+        self._size_bytes += written
 
     def recount(self) -> None:
         """See what is there still, and make room for one more segment."""
@@ -148,7 +150,7 @@ class SpoolReader:
         while True:
             if self._descriptor is None and not self._open(self._find_segment()):
                 return None
-            piece = self._read_piece()
+            piece = None if self._descriptor is None else self._read_piece(self._descriptor)
             if piece is None:
                 if not self._open(self._find_next_segment()):
                     return None
@@ -162,7 +164,7 @@ class SpoolReader:
     def drop_before(self, position: int) -> bool:
         """Remove the segments that hold nothing from `position` on; return whether there were any."""
         starts = list_segments(self._directory)
-        done = [start for start, following in zip(starts, starts[1:], strict=False) if following <= position]
+        done = [start for start, following in pairwise(starts) if following <= position]
         remove_segments(self._directory, done)
         return bool(done)
 
@@ -177,8 +179,8 @@ class SpoolReader:
         return before[-1] if before else min(starts, default=None)
 
     def _find_next_segment(self) -> int | None:
-        assert self._start is not None
-        return min((start for start in list_segments(self._directory) if start > self._start), default=None)
+        after = -1 if self._start is None else self._start
+        return min((start for start in list_segments(self._directory) if start > after), default=None)
 
     def _open(self, start: int | None) -> bool:
         if start is None:
@@ -191,16 +193,15 @@ class SpoolReader:
         self._descriptor, self._start, self._place = descriptor, start, 0
         return True
 
-    def _read_piece(self) -> Piece | None:
+    def _read_piece(self, descriptor: int) -> Piece | None:
         """Return the piece at the place, None when it is not there as a whole."""
-        assert self._descriptor is not None
-        head = os.pread(self._descriptor, _HEADER.size, self._place)
+        head = os.pread(descriptor, _HEADER.size, self._place)
         if len(head) < _HEADER.size:
             return None
         letter, position, offset, length, checksum = _HEADER.unpack(head)
         if letter not in _STREAM_OF or length > MAX_PIECE_BYTES:
             return None
-        content = os.pread(self._descriptor, length, self._place + _HEADER.size)
+        content = os.pread(descriptor, length, self._place + _HEADER.size)
         if len(content) < length or zlib.crc32(content) != checksum:
             return None
         self._place += _HEADER.size + length

@@ -2,13 +2,16 @@
 
 import os
 import signal
-from typing import Final
+from typing import Final, Literal
 
 from fleetwire_agent.process_table import Family, ProcessRow, signal_all
 from fleetwire_agent.runner.control_group import ControlGroup
 from fleetwire_agent.runner.files import Killed
 
 MAX_LISTED: Final = 100
+BOMB_PROCESSES: Final = 1000
+"""A command of more than these gets no grace: it may be one that only forks, and would fill the host meanwhile."""
+
 GIVE_UP_SECONDS: Final = 5.0
 """After SIGKILL; a process in uninterruptible sleep dies when its device answers."""
 
@@ -36,10 +39,17 @@ class Stop:
 
     @property
     def killed_count(self) -> int:
-        return len(self._told)
+        """At least so many: what was forked and killed between two looks is not in it."""
+        return max(len(self._told), len(self._listed))
 
     def step(self, now: float) -> bool:
         """Signal what is there; return whether it is over: nothing is left, or nothing more can be done."""
+        if self._group is not None and (now >= self._kill_at or self._group.is_larger_than(BOMB_PROCESSES)):
+            # Before looking at each: that takes long where they are many, and what forks is faster than who looks.
+            self._kill_at = min(self._kill_at, now)
+            for row in self._group.read_members(limit=MAX_LISTED):
+                self._note(row, "KILL")
+            self._group.kill()
         members = self._family.read_members()
         if self._group is not None:
             members |= self._group.read_members()
@@ -50,7 +60,7 @@ class Stop:
             return True
         fresh = {row for row in members if row.identity not in self._told}
         for row in sorted(fresh, key=lambda row: (row.start_ticks, row.pid)):
-            self._note(row)
+            self._note(row, "KILL" if now >= self._kill_at else "TERM")
         if now >= self._kill_at:
             self._kill(members, has_fresh=bool(fresh))
         else:
@@ -65,16 +75,16 @@ class Stop:
     def _kill(self, members: set[ProcessRow], *, has_fresh: bool) -> None:
         for row in members:
             if row.identity in self._listed:
-                self._listed[row.identity] = self._listed[row.identity]._replace(signal="KILL")
-        if self._group is not None:
-            self._group.kill()
+                self._note(row, "KILL")
         signal_all(members, signal.SIGKILL)
         if has_fresh:
             self._delay_seconds = _FIRST_DELAY_SECONDS  # outrun what forks
 
-    def _note(self, row: ProcessRow) -> None:
-        if len(self._listed) < MAX_LISTED:
-            self._listed[row.identity] = Killed(row.pid, read_command_line(row.pid), "TERM")
+    def _note(self, row: ProcessRow, name: Literal["TERM", "KILL"]) -> None:
+        if row.identity in self._listed:
+            self._listed[row.identity] = self._listed[row.identity]._replace(signal=name)
+        elif len(self._listed) < MAX_LISTED:
+            self._listed[row.identity] = Killed(row.pid, read_command_line(row.pid), name)
 
 
 def read_command_line(pid: int) -> str:

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
@@ -118,8 +119,7 @@ class Supervisor:
         self._wakeup = wakeup
         self._spool = SpoolWriter(".", head_segments=order.head_segments)
         self._pipes: list[OutputPipe] = []
-        self._shell: Shell | None = None
-        self._root: ProcessRow | None = None
+        self._root = ProcessRow(pid=0, parent_pid=0, session_id=0, start_ticks=-1)  # the shell, once it runs
         self._stop: Stop | None = None
         self._stop_status: ResultStatus = "cancelled"
         self._error: str | None = None
@@ -133,16 +133,19 @@ class Supervisor:
         self._told_position = 0
         self.is_terminated = False  # by a signal
 
+    def note_signal(self, number: int, frame: object) -> None:  # noqa: ARG002 - as signal.signal wants it
+        self.is_terminated = True
+
     def run(self) -> None:
         """Run the command to its end and leave its result in the directory."""
         self._started_at, self._began = time.time(), time.monotonic()
         try:
-            self._shell = Shell(self._order.argv, self._order.environment, self._group)
+            shell = Shell(self._order.argv, self._order.environment, self._group)
         except OSError as err:
             self._finish("failed", error=f"the command could not be started: {err.strerror}")
             return
-        self._root = read_process(self._shell.pid) or ProcessRow(self._shell.pid, 0, self._shell.pid, -1)
-        self._pipes = list(self._shell.pipes)
+        self._root = read_process(shell.pid) or self._root._replace(pid=shell.pid, session_id=shell.pid)
+        self._pipes = list(shell.pipes)
         self._greet()
         while not self._is_over():
             self._wait()
@@ -152,7 +155,7 @@ class Supervisor:
             self._reap(now)
             self._watch_time(now)
             self._tell_output()
-        for pipe in self._shell.pipes:
+        for pipe in shell.pipes:
             self._drain(pipe)
         self._conclude()
 
@@ -225,11 +228,10 @@ class Supervisor:
         self._pipes = [pipe for pipe in self._pipes if pipe.is_open]
 
     def _reap(self, now: float) -> None:
-        assert self._shell is not None
         if self._group is not None:
             # The shell's exit status stays with the kernel, and so its pid cannot be another's while it is a root.
             if self._exited_at is None and (info := os.waitid(
-                os.P_PID, self._shell.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+                os.P_PID, self._root.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
             )):  # fmt: skip
                 is_exit = info.si_code == os.CLD_EXITED
                 self._note_exit(info.si_status if is_exit else 128 + info.si_status, now)
@@ -241,7 +243,7 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            if pid == self._shell.pid:
+            if pid == self._root.pid:
                 code = os.waitstatus_to_exitcode(status)
                 self._note_exit(code if code >= 0 else 128 - code, now)
 
@@ -256,7 +258,6 @@ class Supervisor:
         """The first reason counts, and none once the shell has ended by itself."""
         if self._stop is not None or (self._exited_at is not None and status != "interrupted"):
             return
-        assert self._root is not None
         within = None if self._group is not None else os.getpid()
         family = Family([self._root], command_ids=[self._order.command_id], within=within)
         self._stop_status = status
@@ -329,7 +330,7 @@ def run(directory: str) -> int:
     if group is None:
         set_child_subreaper(is_on=True)
     supervisor = Supervisor(order, link, group, result, wakeup)
-    signal.signal(signal.SIGTERM, lambda number, frame: setattr(supervisor, "is_terminated", True))
+    signal.signal(signal.SIGTERM, supervisor.note_signal)
     tell_ready("")
     try:
         if _await_go(link, supervisor) and claim("."):
@@ -375,14 +376,18 @@ def _route_signals() -> int:
     for descriptor in (reading, writing):
         os.set_blocking(descriptor, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    signal.signal(signal.SIGCHLD, _ignore_signal)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return reading
 
 
-def _become_daemon():  # type: ignore[no-untyped-def]
+def _ignore_signal(number: int, frame: object) -> None:
+    """The loop is woken by the descriptor; a signal that is ignored outright would wake nobody."""
+
+
+def _become_daemon() -> Callable[[str], None]:
     """Leave the caller's session; return the function that lets the caller go, with a problem or without."""
     reading, writing = os.pipe()
     if os.fork() > 0:
