@@ -29,7 +29,12 @@ COMMANDS: Final = "commands"
 MAX_TASKS: Final = 4096
 """Processes and threads of one command in its unit: what a fork bomb can become."""
 
-_PROGRAM: Final = Path(__file__).parent / "runner" / "__main__.py"
+_PROGRAM: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from fleetwire_agent.runner.supervisor import run; run()"
+)
+_ROOT: Final = str(Path(__file__).parent.parent)
+"""Where `fleetwire_agent` lies: a directory, or the bundle where the agent runs without being installed."""
+
 _SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_WORD_BYTES: Final = 200
 _KILL_ROUNDS: Final = 20
@@ -54,7 +59,7 @@ class Launcher:
 
         Raises:
             UnavailableError: it could not be started; the message says why. It may start all the same, later."""
-        runner = [sys.executable, "-I", "-S", str(_PROGRAM), str(directory)]
+        runner = [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, str(directory)]
         argv = [*build_unit_command(directory.name, command_id), *runner] if self.has_units else runner
         await read_output(self._spawner, argv, timeout_seconds=LAUNCH_SECONDS, max_bytes=65536)
 

@@ -270,11 +270,8 @@ async def test_a_command_whose_runner_is_killed_is_interrupted_and_leaves_nothin
     command_id = await api.submit(agent.agent_id, f"trap '' TERM; echo begun; setsid sleep {marker}; sleep {marker}")
     await until_alive(f"sleep\0{marker}")
     await api.wait_for_command(agent.agent_id, command_id, "running")
-    runners = [
-        pid for pid in living_pids(command_id) if b"runner/__main__.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert len(runners) == 1
-    os.kill(runners[0], signal.SIGKILL)
+    (runner,) = living_pids(f"/{command_id}.1")  # its command line names the command's directory
+    os.kill(runner, signal.SIGKILL)
     ended = await api.wait_for_command(agent.agent_id, command_id)
     assert (ended["status"], ended["exit_code"], ended["output"]) == ("interrupted", None, "begun\n")
     assert "watched over the command was killed" in ended["error"]

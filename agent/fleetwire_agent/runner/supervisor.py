@@ -313,8 +313,12 @@ class Supervisor:
         self._link.send("done")
 
 
-def run(directory: str) -> int:
-    """Run the command of the directory; return the status this process exits with."""
+def run() -> None:
+    """Run the command whose order is in the directory that is the last argument, and exit."""
+    sys.exit(_run(sys.argv[-1]))
+
+
+def _run(directory: str) -> int:
     os.chdir(directory)
     tell_ready = _become_daemon() if "NOTIFY_SOCKET" not in os.environ else _notify_manager
     try:
