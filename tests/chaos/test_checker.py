@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from scripts.lib.chaos.checker import Evidence, check
-from scripts.lib.chaos.faults import plan_strikes
 from scripts.lib.chaos.run import make_plan
 from scripts.lib.chaos.workload import (
     KINDS,
@@ -151,5 +150,5 @@ def test_a_seed_gives_one_schedule_with_all_in_it() -> None:
     assert plan == make_plan(2000, seed=7, agents=2)
     assert plan != make_plan(2000, seed=8, agents=2)
     assert len({order.kind for order in plan.orders}) == len(KINDS)
-    faults = [fault.kind for strike in plan_strikes(63, 1, random.Random(7)) for fault in strike.faults]
+    faults = [fault.kind for strike in make_plan(2000, seed=7).strikes for fault in strike.faults]
     assert min(faults.count("server kill"), faults.count("agent kill")) >= 15

@@ -92,7 +92,11 @@ _DEEDS: Final[Mapping[str, _Deed]] = {
     "link loss": lambda target, fault: lose_link(target.links[fault.agent], fault.seconds),
     "link reset": lambda target, fault: reset_link(target.links[fault.agent], fault.seconds),
 }
-_WEIGHTS: Final[Mapping[str, int]] = dict.fromkeys(_DEEDS, 2) | {"server kill": 7, "agent kill": 7}
+_WEIGHTS: Final[Mapping[str, int]] = dict.fromkeys(_DEEDS, 2) | {
+    "server kill": 6,
+    "agent kill": 8,
+    "agent restart": 4,  # ends its backoff, which a server that is away half of the time drives to a minute
+}
 _LONGEST_DOWN_SECONDS: Final = 1.0
 
 

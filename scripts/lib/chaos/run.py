@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
@@ -19,15 +20,16 @@ from scripts.lib.chaos.parts import RUN_VARIABLE, Agent, ChaosError, Part, Serve
 from scripts.lib.chaos.record import Record
 from scripts.lib.chaos.workload import KINDS, Order, make_token
 
-COMMANDS_PER_STRIKE: Final = 32
-SECONDS_PER_STRIKE: Final = 2.0  # about what one takes: submits are spread over them
+COMMANDS_PER_STRIKE: Final = 44
+SECONDS_PER_STRIKE: Final = 2.5  # about what one takes: submits are spread over them
 SETTLE_SECONDS: Final = 150.0
 """How long all may take to end once all is healed; an agent's backoff alone can be 60."""
 
-LEAVE_SECONDS: Final = 15.0
-"""How long what ran commands may stay once all are over."""
+LEAVE_SECONDS: Final = 75.0
+"""How long what ran commands may stay once all are over: what an agent was killed while starting waits a minute."""
 
 _AT_ONCE: Final = 8  # calls, while answers are collected
+_LOOK_AT: Final = 40  # commands in a round of waiting
 
 Work: TypeAlias = Callable[[Evidence], Awaitable[None]]
 
@@ -301,8 +303,8 @@ class Run:
         pending = [evidence for evidence in self._by_id.values() if not evidence.ends_seen]
         deadline = self.record.seconds + SETTLE_SECONDS
         while pending and self.record.seconds < deadline:
-            await self._at_once(self._look, pending)
-            pending = [evidence for evidence in pending if evidence.status not in OVER]
+            await self._at_once(self._look, pending[:_LOOK_AT])  # of most an event tells
+            pending = [evidence for evidence in pending if not evidence.ends_seen]
             await asyncio.sleep(0.5)
 
     async def look_at_all(self) -> None:
@@ -326,11 +328,14 @@ class Run:
         await self._look(evidence)
         if evidence.status not in ("succeeded", "failed"):
             return
+        assert evidence.answer is not None
+        total = evidence.answer["stdout_bytes"] + evidence.answer["stderr_bytes"]
+        if total == 0:
+            evidence.stdout = evidence.stderr = b""
+            return
         path = self._path(evidence)
         evidence.stdout = await self.fleet.client.fetch("GET", f"{path}/output?stream=stdout")
         evidence.stderr = await self.fleet.client.fetch("GET", f"{path}/output?stream=stderr")
-        assert evidence.answer is not None
-        total = evidence.answer["stdout_bytes"] + evidence.answer["stderr_bytes"]
         if len(evidence.stdout) + len(evidence.stderr) < total:
             async for name, data in self.fleet.client.events(f"{path}/stream"):
                 if name == "gap":
@@ -359,9 +364,9 @@ class Run:
         for living in find_living(str(self.fleet.directory)):
             if living.pid in own:
                 continue
-            named = next((token for token in living.command_line.split() if token in self.evidences), "")
-            evidence = self._by_id.get(living.command_id or "") or self.evidences.get(named)
-            found.append((str(living), evidence))
+            named = re.findall(r"cmd_[0-9a-z]{20}", f"{living.command_id} {living.command_line}")
+            owners = [self._by_id[name] for name in named if name in self._by_id]
+            found.append((str(living), owners[0] if owners else None))
         return found
 
     def _path(self, evidence: Evidence) -> str:
