@@ -93,7 +93,7 @@ _DEEDS: Final[Mapping[str, _Deed]] = {
     "link reset": lambda target, fault: reset_link(target.links[fault.agent], fault.seconds),
 }
 _WEIGHTS: Final[Mapping[str, int]] = dict.fromkeys(_DEEDS, 2) | {
-    "server kill": 6,
+    "server kill": 8,
     "agent kill": 8,
     "agent restart": 4,  # ends its backoff, which a server that is away half of the time drives to a minute
 }
