@@ -3,6 +3,7 @@ to the ledger; the runners hold the processes, so that a command outlives this a
 
 import asyncio
 import logging
+import shutil
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -375,7 +376,7 @@ class Commands:
             waiting_segments=WAITING_SEGMENTS,
         )
         self._ledger.forget_directory(entry)
-        await asyncio.to_thread(files.write_order, str(directory), order)
+        await asyncio.to_thread(_write_order, directory, order)
         await self._launcher.launch(directory, entry.command_id)
 
     def _fail(self, entry: Entry, problem: str) -> None:
@@ -457,6 +458,18 @@ class Commands:
             duration_seconds=0.0,
             error=error,
         )
+
+
+def _write_order(directory: Path, order: files.Order) -> None:
+    state_directory = str(directory.parent.parent)
+    files.keep_reserve(state_directory)
+    try:
+        files.write_order(str(directory), order)
+    except OSError:
+        if not files.use_reserve(state_directory):
+            raise
+        shutil.rmtree(directory, ignore_errors=True)
+        files.write_order(str(directory), order)
 
 
 def _count_output(entry: Entry) -> dict[str, int]:

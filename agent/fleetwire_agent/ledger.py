@@ -18,6 +18,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 
 from fleetwire_agent.command_states import Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
+from fleetwire_agent.runner.files import keep_reserve
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
 from fleetwire_agent.runners import COMMANDS
 from fleetwire_shared.codec import decode, encode
@@ -180,6 +181,7 @@ class Ledger:
         try:
             records, is_damaged = self._file.open()
             self._commands_directory.mkdir(mode=0o700, exist_ok=True)
+            keep_reserve(str(self._directory))
         except BlockingIOError as err:
             raise ConflictError(f"another agent keeps its state in {self._directory}; give --state-dir") from err
         except OSError as err:

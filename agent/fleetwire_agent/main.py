@@ -128,7 +128,7 @@ class Removal:
         """End the commands and remove all but this process; return the paths. What may not be removed loses nothing."""
         from fleetwire_agent.install import uninstall  # here: needed once in an agent's life, if ever
 
-        uninstall.check_removable(self._profile)
+        uninstall.check_may_remove(self._profile)
         await self._commands.stop()
         self._status.close()  # it would come back where the state's directory is a mount point, which stays
         with self._spawner.sharing_children():

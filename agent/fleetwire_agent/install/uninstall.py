@@ -160,8 +160,7 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     Raises:
         ConflictError: this agent cannot remove itself; the message says why.
         UnavailableError: something could not be removed."""
-    if not _has_begun.is_set():
-        check_removable(profile)
+    check_may_remove(profile)
     service = make_service(find_init())
     try:
         with only_one():
@@ -174,6 +173,12 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     except OSError as err:
         problem = describe_os_error(err).message
         raise UnavailableError(f"the agent could not be removed from its host: {problem}") from err
+
+
+def check_may_remove(profile: Profile) -> None:
+    """Raises ConflictError: the agent that calls this cannot remove itself. One that has begun to may go on."""
+    if not _has_begun.is_set():
+        check_removable(profile)
 
 
 def check_removable(profile: Profile) -> None:

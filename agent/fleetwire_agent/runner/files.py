@@ -14,6 +14,12 @@ that it never will. Holds the runner's pid."""
 RESULT: Final = "result"
 SOCKET: Final = "socket"
 
+RESERVE: Final = "reserve"
+"""Of the directory above that of all commands: a file that only takes room, which is given up when the disk is full, so
+that somebody can still run what frees it."""
+
+RESERVE_BYTES: Final = 4 * 1024 * 1024
+
 MAX_RESULT_BYTES: Final = 64 * 1024
 """Allocated before the shell starts, so that the end can be written to a disk that is full by then."""
 
@@ -55,6 +61,30 @@ class Result(NamedTuple):
     stderr_bytes: int
     killed: list[Killed]
     killed_count: int
+
+
+def keep_reserve(state_directory: str) -> None:
+    """Make the reserve unless it is there, or there is no room for it."""
+    path = f"{state_directory}/{RESERVE}"
+    if os.path.exists(path):  # noqa: PTH110
+        return
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        use_reserve(state_directory)
+
+
+def use_reserve(state_directory: str) -> bool:
+    """Give up the reserve; return whether there was one, so that it is of use to try again."""
+    try:
+        os.unlink(f"{state_directory}/{RESERVE}")  # noqa: PTH108
+    except OSError:
+        return False
+    return True
 
 
 def write_order(directory: str, order: Order) -> None:

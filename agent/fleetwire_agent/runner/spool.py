@@ -6,7 +6,7 @@ in which the runner read them; where a position is missing, what was there has n
 import os
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple, TypeAlias
@@ -61,9 +61,11 @@ def _path(directory: str, start: int) -> str:
 class SpoolWriter:
     """Appends pieces. Of what nobody fetched in time the first segments are kept and the last."""
 
-    def __init__(self, directory: str, *, head_segments: int) -> None:
+    def __init__(self, directory: str, *, head_segments: int, make_room: Callable[[], bool]) -> None:
+        """`make_room` is called where the disk takes no more; it returns whether to try again."""
         self._directory = directory
         self._head_segments = head_segments
+        self._make_room = make_room
         self._descriptor: int | None = None
         self._size_bytes = 0
         self.position = 0
@@ -76,12 +78,19 @@ class SpoolWriter:
         header = _HEADER.pack(
             _LETTER_OF[stream], self.position, self.written_bytes[stream], len(content), zlib.crc32(content)
         )
-        try:
-            self._write(self._begin_piece(_HEADER.size + len(content)), header + content)
-        except OSError:
+        if not self._try_to_write(header + content) and not (
+            self._make_room() and self._try_to_write(header + content)
+        ):
             self.has_failed = True
         self.position += len(content)
         self.written_bytes[stream] += len(content)
+
+    def _try_to_write(self, frame: bytes) -> bool:
+        try:
+            self._write(self._begin_piece(len(frame)), frame)
+        except OSError:
+            return False
+        return True
 
     def _begin_piece(self, size_bytes: int) -> int:
         """Return the descriptor to write so much to: of the present segment, or of a new one where that is full."""

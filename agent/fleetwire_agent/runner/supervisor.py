@@ -15,6 +15,7 @@ from typing import Final
 from fleetwire_agent.process_table import Family, ProcessRow, read_process, set_child_subreaper
 from fleetwire_agent.runner.control_group import ControlGroup, make_control_group
 from fleetwire_agent.runner.files import (
+    RESULT,
     SOCKET,
     Order,
     Result,
@@ -22,6 +23,7 @@ from fleetwire_agent.runner.files import (
     allocate_result,
     claim,
     read_order,
+    use_reserve,
     write_result,
 )
 from fleetwire_agent.runner.shell import OutputPipe, Shell, protect_from_oom
@@ -38,6 +40,7 @@ PATIENCE_SECONDS: Final = 10.0
 """How long a command waits for room while its agent fetches nothing: the link hangs, or the agent is stopped."""
 
 RETRY_SECONDS: Final = 1.0
+_STATE: Final = "../.."  # of the agent, seen from the command's directory
 _MAX_WORD_BYTES: Final = 200
 _SHUTDOWN: Final = "stopped by the service manager, as when the host shuts down"
 
@@ -117,7 +120,7 @@ class Supervisor:
         self._group = group
         self._result = result
         self._wakeup = wakeup
-        self._spool = SpoolWriter(".", head_segments=order.head_segments)
+        self._spool = SpoolWriter(".", head_segments=order.head_segments, make_room=lambda: use_reserve(_STATE))
         self._pipes: list[OutputPipe] = []
         self._root = ProcessRow(pid=0, parent_pid=0, session_id=0, start_ticks=-1)  # the shell, once it runs
         self._stop: Stop | None = None
@@ -323,7 +326,13 @@ def _run(directory: str) -> int:
     tell_ready = _become_daemon() if "NOTIFY_SOCKET" not in os.environ else _notify_manager
     try:
         order = read_order(".")
-        result = allocate_result(".")
+        try:
+            result = allocate_result(".")
+        except OSError:
+            if not use_reserve(_STATE):
+                raise
+            os.unlink(RESULT)  # noqa: PTH108
+            result = allocate_result(".")
         link = AgentLink()
         group = _find_group(order)
     except OSError as err:
