@@ -92,32 +92,50 @@ _DEEDS: Final[Mapping[str, _Deed]] = {
     "link loss": lambda target, fault: lose_link(target.links[fault.agent], fault.seconds),
     "link reset": lambda target, fault: reset_link(target.links[fault.agent], fault.seconds),
 }
-_WEIGHTS: Final[Mapping[str, int]] = dict.fromkeys(_DEEDS, 2) | {
+_FIRST: Final[Mapping[str, int]] = {
     "server kill": 8,
-    "agent kill": 8,
-    "agent restart": 4,  # ends its backoff, which a server that is away half of the time drives to a minute
+    "server restart": 1,
+    "server pause": 1,
+    "link delay": 1,
+    "link loss": 1,
+    "link reset": 1,
 }
-_LONGEST_DOWN_SECONDS: Final = 1.0
+_SECOND: Final[Mapping[str, int]] = {"agent kill": 8, "agent restart": 2, "agent pause": 2}
+_BESIDES: Final[Mapping[str, int]] = dict.fromkeys(_DEEDS, 1)
 
 
 def plan_strikes(count: int, agents: int, choose: random.Random) -> list[Strike]:
-    """Return that many strikes of one to three faults. Each kind comes about as often as its weight says."""
-    strikes, bag = [], list[str]()
-    for _ in range(count):
+    """Return that many strikes of one to three faults.
+
+    What parts an agent from its server takes turns with what befalls the agent itself: an agent that is started anew
+    begins its backoff anew, and some time for work follows. Of each turn, a kind comes as often as its weight says."""
+    first, second, besides = (_Bag(weights, choose) for weights in (_FIRST, _SECOND, _BESIDES))
+    strikes = []
+    for number in range(count):
+        kinds = [(second if number % 2 else first).draw()]
+        kinds += [besides.draw() for _ in range(choose.choice([0, 0, 0, 1, 1, 2]))]
         faults: dict[str, Fault] = {}
-        for _ in range(choose.choice([1, 1, 1, 2, 2, 3])):
-            if not bag:
-                bag = [kind for kind, weight in _WEIGHTS.items() for _ in range(weight)]
-                choose.shuffle(bag)
-            kind = bag.pop()
-            longest = _LONGEST_DOWN_SECONDS if kind.endswith(("kill", "restart")) else 3.0
+        for kind in kinds:
+            longest = 0.6 if kind.endswith(("kill", "restart")) else 3.0
             fault = Fault(kind=kind, agent=choose.randrange(agents), seconds=choose.uniform(0.1, longest))
-            if fault.side in faults:
-                bag.insert(0, kind)  # later: it is struck already
-            else:
-                faults[fault.side] = fault
-        strikes.append(Strike(choose.uniform(0.1, 1.2), tuple(faults.values())))
+            faults.setdefault(fault.side, fault)
+        after = choose.uniform(0.0, 1.0) if number % 2 else choose.uniform(0.5, 3.5)
+        strikes.append(Strike(after, tuple(faults.values())))
     return strikes
+
+
+class _Bag:
+    """Gives each kind as often as its weight says, in any order."""
+
+    def __init__(self, weights: Mapping[str, int], choose: random.Random) -> None:
+        self._all = [kind for kind, weight in weights.items() for _ in range(weight)]
+        self._choose = choose
+        self._left: list[str] = []
+
+    def draw(self) -> str:
+        if not self._left:
+            self._left = self._choose.sample(self._all, len(self._all))
+        return self._left.pop()
 
 
 async def strike(target: Target, planned: Strike, record: Record) -> None:

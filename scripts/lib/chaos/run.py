@@ -20,8 +20,8 @@ from scripts.lib.chaos.parts import RUN_VARIABLE, Agent, ChaosError, Part, Serve
 from scripts.lib.chaos.record import Record
 from scripts.lib.chaos.workload import KINDS, Order, make_token
 
-COMMANDS_PER_STRIKE: Final = 44
-SECONDS_PER_STRIKE: Final = 2.5  # about what one takes: submits are spread over them
+COMMANDS_PER_STRIKE: Final = 38
+SECONDS_PER_STRIKE: Final = 3.0  # about what one takes: submits are spread over them
 SETTLE_SECONDS: Final = 150.0
 """How long all may take to end once all is healed; an agent's backoff alone can be 60."""
 
