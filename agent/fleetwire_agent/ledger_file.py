@@ -55,6 +55,7 @@ class LedgerFile:
         self._place = 0  # where the next frame goes, all queued jobs counted
         self._jobs: list[_Job] = []
         self._is_flushing = False
+        self._has_failed = False  # what is on disk is less than what was counted here
         self._written_at = 0  # the thread's own place
         self._written_active = 0
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
@@ -92,12 +93,20 @@ class LedgerFile:
     def _begin_first(self) -> None:
         self._generation = 1
         self._place = self._written_at = _HEADER.size
+        for descriptor in self._descriptors:  # frames under a damaged header may be of generation 1, too
+            os.ftruncate(descriptor, 0)
+            os.posix_fallocate(descriptor, 0, self._size_bytes)
         os.pwrite(self._descriptors[0], _build_header(1), 0)
         os.fdatasync(self._descriptors[0])
 
     def close(self) -> None:
         """Write what is queued, and close. Blocking."""
         self._thread.shutdown()
+        jobs, self._jobs = self._jobs, []
+        try:
+            self._write(jobs)
+        except OSError as err:
+            _log.error("the ledger cannot be written: %s", err)
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
@@ -110,7 +119,8 @@ class LedgerFile:
         The future raises OSError when the disk failed."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         frame = _build_frame(record, self._number, self._generation)
-        if self._place + len(frame) > self._size_bytes:
+        if self._has_failed or self._place + len(frame) > self._size_bytes:
+            self._has_failed = False
             self._compact(self._list_live())  # which tells of this record's state, too
             frame = b""
         else:
@@ -139,11 +149,17 @@ class LedgerFile:
 
     def _flush(self) -> None:
         jobs, self._jobs = self._jobs, []
+        if not jobs:  # closed meanwhile
+            return
         loop = asyncio.get_running_loop()
         written = loop.run_in_executor(self._thread, self._write, jobs)
 
         def tell(written: "asyncio.Future[None]") -> None:
             error = written.exception()
+            if error is not None:  # what waits would follow upon a hole; the next record begins a whole file instead
+                self._has_failed = True
+                jobs.extend(self._jobs)
+                self._jobs = []
             for job in jobs:
                 if job.done is not None and not job.done.done():
                     if error is None:
@@ -178,6 +194,8 @@ class LedgerFile:
         os.fsync(descriptor)
         os.pwrite(descriptor, content[: _HEADER.size], 0)
         os.fdatasync(descriptor)
+        # Not to be taken for the present, should the new header ever be damaged.
+        os.pwrite(self._descriptors[self._written_active], bytes(_HEADER.size), 0)
         self._written_active, self._written_at = other, len(content)
 
 
