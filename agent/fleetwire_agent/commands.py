@@ -387,7 +387,7 @@ class Commands:
         """Go on with a command that an earlier agent started, or was about to."""
         directory = self._ledger.directory_of(run.entry)
         run.is_prepared.set()
-        if run.entry.boot_id == self._ledger.boot_id:
+        if run.entry.started_boot_id == self._ledger.boot_id:
             run.link = runners.connect(directory)
         await self._watch(run, directory)
 
@@ -413,7 +413,7 @@ class Commands:
         """The runner has ended: take its result; where it left none, find out what that means."""
         entry = run.entry
         result = await asyncio.to_thread(files.read_result, str(directory))
-        if result is None and entry.boot_id != self._ledger.boot_id:
+        if result is None and entry.started_boot_id != self._ledger.boot_id:
             self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=_HOST_RESTARTED))
             return
         if result is None and await asyncio.to_thread(self._claim, directory):

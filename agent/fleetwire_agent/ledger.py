@@ -53,11 +53,12 @@ class Entry:
     """One command, from its acceptance until the server has stored its end."""
 
     offer: CommandOffer
-    boot_id: str  # of the boot in which it was accepted, or last about to start
+    boot_id: str  # of the boot in which it was accepted
     expires_at: float  # Unix seconds by this host's clock; counts after a reboot
     expires_boottime: float  # seconds of CLOCK_BOOTTIME; counts within one boot, whatever is done to the clock
     state: State = State.ACCEPTED
     attempt: int = 1  # its directory's; a new one after it is proved that the last one did not start the shell
+    started_boot_id: str | None = None  # of the boot in which it was last about to start
     started_at: float | None = None
     ending: Ending | None = None
     directory: Path | None = None  # of its output, once it has one
@@ -222,7 +223,7 @@ class Ledger:
                     offer, record["boot_id"], record["expires_at"], record["expires_boottime"]
                 )
             case "starting" if entry:
-                entry.state, entry.attempt, entry.boot_id = State.STARTING, record["attempt"], record["boot_id"]
+                entry.state, entry.attempt, entry.started_boot_id = State.STARTING, record["attempt"], record["boot_id"]
             case "never_ran" if entry:
                 entry.state, entry.attempt = State.ACCEPTED, record["attempt"]
             case "running" if entry:
@@ -247,7 +248,7 @@ class Ledger:
             yield _pack(_accepted(entry))
             known: dict[str, Any] = {"command_id": entry.command_id}
             if entry.state in (State.STARTING, State.RUNNING):
-                yield _pack({"record": "starting", **known, "attempt": entry.attempt, "boot_id": entry.boot_id})
+                yield _pack({"record": "starting", **known, "attempt": entry.attempt, "boot_id": entry.started_boot_id})
             elif entry.attempt > 1:
                 yield _pack({"record": "never_ran", **known, "attempt": entry.attempt})
             if entry.started_at is not None:
@@ -315,13 +316,13 @@ class Ledger:
     async def record_starting(self, entry: Entry) -> None:
         """Write down that the command may run from here on; returns when that is on disk."""
         self._move(entry, Event.STARTED)
-        entry.boot_id = self.boot_id
+        entry.started_boot_id = self.boot_id
         await self._append(
             {
                 "record": "starting",
                 "command_id": entry.command_id,
                 "attempt": entry.attempt,
-                "boot_id": entry.boot_id,
+                "boot_id": entry.started_boot_id,
             }
         )
 
@@ -427,7 +428,7 @@ class Ledger:
         """Remove output the server has not, of what ended longest ago first, then of what has most; the gap tells."""
         ended = [entry for entry in self._entries.values() if entry.state is State.FINISHED]
         running = [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
-        for entry in [*ended, *sorted(running, key=lambda entry: -entry.spool_bytes)]:
+        for entry in [*sorted(ended, key=_ended_at), *sorted(running, key=lambda entry: -entry.spool_bytes)]:
             if excess_bytes <= 0:
                 return
             if entry.directory is None or not entry.spool_bytes:
@@ -493,6 +494,11 @@ def _accepted(entry: Entry) -> dict[str, Any]:
         "expires_at": entry.expires_at,
         "expires_boottime": entry.expires_boottime,
     }
+
+
+def _ended_at(entry: Entry) -> float:
+    ending = entry.ending
+    return ending.started_at + ending.duration_seconds if isinstance(ending, CommandFinished) else 0.0
 
 
 def _pack(record: dict[str, Any]) -> bytes:

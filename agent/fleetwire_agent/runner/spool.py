@@ -161,7 +161,11 @@ class SpoolReader:
                 return None
             piece = None if self._descriptor is None else self._read_piece(self._descriptor)
             if piece is None:
-                if not self._open(self._find_next_segment()):
+                following = self._find_next_segment()
+                if following is not None and self._descriptor is not None:
+                    piece = self._read_piece(self._descriptor)  # what was added before the next segment was begun
+            if piece is None:
+                if not self._open(following):
                     return None
                 continue
             if piece.end <= self.position:

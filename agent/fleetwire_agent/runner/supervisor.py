@@ -331,7 +331,8 @@ def _run(directory: str) -> int:
         except OSError:
             if not use_reserve(_STATE):
                 raise
-            os.unlink(RESULT)  # noqa: PTH108
+            with suppress(FileNotFoundError):
+                os.unlink(RESULT)  # noqa: PTH108
             result = allocate_result(".")
         link = AgentLink()
         group = _find_group(order)
