@@ -395,6 +395,8 @@ class Commands:
         """Listen to the runner until it ends; then see how the command ended."""
         entry = run.entry
         self._tell_flow(run)
+        if run.stop_word:  # said before there was a link
+            run.stop(run.stop_word)
         while run.link is not None and (word := await run.link.receive()) is not None:
             verb, _, argument = word.partition(" ")
             if verb == "started" and entry.state is State.STARTING:

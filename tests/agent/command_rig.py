@@ -120,6 +120,7 @@ async def open_rig(
         rig = Rig(commands, ledger)
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(commands.serve(found)), group.create_task(commands.deliver(rig.receive))]
+            await asyncio.sleep(0)  # what was found is known to the commands before anything is asked of them
             if is_connected:
                 commands.connect()
             try:

@@ -141,7 +141,7 @@ def read_result(directory: str) -> Result | None:
         return None
     magic, length, checksum = _RESULT_HEADER.unpack_from(stored)
     content = stored[_RESULT_HEADER.size : _RESULT_HEADER.size + length]
-    if magic != _RESULT_MAGIC or len(content) != length or zlib.crc32(content) != checksum:
+    if magic != _RESULT_MAGIC or not content or len(content) != length or zlib.crc32(content) != checksum:
         return None
     fields: dict[str, Any] = json.loads(content)
     fields["killed"] = [Killed(*each) for each in fields["killed"]]
