@@ -30,7 +30,7 @@ from tests.support.syncs import count_syncs, has_killed, needs_strace, tracing, 
 
 pytestmark = needs_strace
 
-AGENTS_AT_ONCE = 8  # they mostly wait
+AGENTS_AT_ONCE = 12  # they mostly wait
 SERVERS_AT_ONCE = 4  # a start costs more than a second of a core
 COMMANDS_AT_ONCE = {"FLEETWIRE_AGENT_MAX_COMMANDS_AT_ONCE": "2"}  # so that some wait on the agent
 

@@ -23,11 +23,11 @@ def tracing(log: Path, *, kill_at: int | None = None, with_children: bool = Fals
         kill_at: n, from 1 on; None: only write the log.
         with_children: also count, and kill, what it starts."""
     kill = ["-e", f"inject=fsync,fdatasync:signal=SIGKILL:when={kill_at}"] if kill_at else []
-    # -D: the program, not strace, is the child that was asked for. strace counts each thread for itself.
+    # -DDD: the program, not strace, is the child that was asked for. strace counts each thread for itself.
     alone = [] if with_children else ["-b", "execve"]
     return [
         "strace",
-        "-D",
+        "-DDD",
         "-f",
         *alone,
         "-qq",
