@@ -26,7 +26,7 @@ from scripts.lib.chaos.workload import (
     make_token,
 )
 from tests.support.processes import find_free_port
-from tests.support.syncs import count_syncs, has_killed, needs_strace, tracing, tracing_runners
+from tests.support.syncs import Sync, has_killed, list_syncs, needs_strace, tracing, tracing_runners
 
 pytestmark = needs_strace
 
@@ -77,16 +77,16 @@ def expect_truth(lives: Sequence[Life]) -> None:
     assert len(struck) >= 0.8 * len(lives), f"only {struck} of {len(lives)} were killed"
 
 
-async def live_all(live: Callable[[int], Awaitable[Life]], last: int, *, at_once: int) -> list[Life]:
-    """Return what came of `live(1)` to `live(last)`, some of them at the same time."""
+async def live_all(live: Callable[[Sync], Awaitable[Life]], syncs: Sequence[Sync], *, at_once: int) -> list[Life]:
+    """Return what came of a life for each of these, some of them at the same time."""
     gate = asyncio.Semaphore(at_once)
 
-    async def one(number: int) -> Life:
+    async def one(sync: Sync) -> Life:
         async with gate:
-            return await live(number)
+            return await live(sync)
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(number)) for number in range(1, last + 1)]
+        tasks = [group.create_task(one(sync)) for sync in syncs]
     return [task.result() for task in tasks]
 
 
@@ -130,11 +130,11 @@ async def test_an_agent_may_be_killed_at_any_sync(tmp_path: Path) -> None:
         undisturbed = await live_agent(fleet, tmp_path / "agent-0", tracing(tmp_path / "syncs"))
         assert not undisturbed.story, "\n".join(undisturbed.story)
 
-        async def live(number: int) -> Life:
-            prefix = tracing(tmp_path / f"syncs-{number}", kill_at=number)
-            return await live_agent(fleet, tmp_path / f"agent-{number}", prefix)
+        async def live(sync: Sync) -> Life:
+            prefix = tracing(tmp_path / f"syncs-{sync}", kill_at=sync)
+            return await live_agent(fleet, tmp_path / f"agent-{sync}", prefix)
 
-        lives = await live_all(live, count_syncs(tmp_path / "syncs"), at_once=AGENTS_AT_ONCE)
+        lives = await live_all(live, list_syncs(tmp_path / "syncs"), at_once=AGENTS_AT_ONCE)
     print(f"{len(lives)} syncs of an agent")
     assert lives, "it never synced: its ledger is not durable"
     expect_truth(lives)
@@ -150,16 +150,17 @@ async def test_a_runner_may_be_killed_at_any_sync(tmp_path: Path) -> None:
 
     async with running_fleet(tmp_path / "server", 0) as fleet:
 
-        async def live(number: int, kill_at: int | None) -> Life:
-            prefix = tracing_runners(tmp_path / f"python-{number}", tmp_path / f"syncs-{number}", kill_at=kill_at)
-            excused = {"interrupted"} if kill_at else set[str]()
-            life = await live_agent(fleet, tmp_path / f"agent-{number}", prefix, excused=excused)
-            return replace(life, was_killed=has_killed(*tmp_path.glob(f"syncs-{number}-*")))
+        async def live(sync: Sync | None) -> Life:
+            name = str(sync or "undisturbed")
+            prefix = tracing_runners(tmp_path / f"python-{name}", tmp_path / f"syncs-{name}", kill_at=sync)
+            excused = {"interrupted"} if sync else set[str]()
+            life = await live_agent(fleet, tmp_path / f"agent-{name}", prefix, excused=excused)
+            return replace(life, was_killed=has_killed(*tmp_path.glob(f"syncs-{name}-[0-9]*")))
 
-        undisturbed = await live(0, None)
+        undisturbed = await live(None)
         assert not undisturbed.story, "\n".join(undisturbed.story)
-        last = count_syncs(*tmp_path.glob("syncs-0-*"))
-        lives = await live_all(lambda number: live(number, number), last, at_once=AGENTS_AT_ONCE)
+        syncs = list_syncs(*tmp_path.glob("syncs-undisturbed-*"))
+        lives = await live_all(live, syncs, at_once=AGENTS_AT_ONCE)
     print(f"{len(lives)} syncs of a runner")
     assert lives, "no runner synced: results are not durable"
     expect_truth(lives)
@@ -247,11 +248,11 @@ async def test_a_server_may_be_killed_at_any_sync(tmp_path: Path) -> None:
     undisturbed = await live_server(prepared, tmp_path / "server-0", tracing(tmp_path / "syncs"))
     assert not undisturbed.story, "\n".join(undisturbed.story)
 
-    async def live(number: int) -> Life:
-        prefix = tracing(tmp_path / f"syncs-{number}", kill_at=number)
-        return await live_server(prepared, tmp_path / f"server-{number}", prefix)
+    async def live(sync: Sync) -> Life:
+        prefix = tracing(tmp_path / f"syncs-{sync}", kill_at=sync)
+        return await live_server(prepared, tmp_path / f"server-{sync}", prefix)
 
-    lives = await live_all(live, count_syncs(tmp_path / "syncs"), at_once=SERVERS_AT_ONCE)
+    lives = await live_all(live, list_syncs(tmp_path / "syncs"), at_once=SERVERS_AT_ONCE)
     print(f"{len(lives)} syncs of a server")
     assert lives, "it never synced: its database is not durable"
     expect_truth(lives)

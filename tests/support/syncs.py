@@ -5,25 +5,36 @@ import shutil
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import pytest
 
+CALLS: Final = ("fsync", "fdatasync")
 NO_STRACE: Final = "NOT TESTED: KILLS AT EVERY SYNC"
 needs_strace = pytest.mark.skipif(
     shutil.which("strace") is None, reason=f"{NO_STRACE}: strace is not there: apt-get install strace"
 )
 
 
-def tracing(log: Path, *, kill_at: int | None = None, with_children: bool = False) -> list[str]:
-    """Return what starts a program so that it is killed when one of its threads syncs for the n-th time.
+class Sync(NamedTuple):
+    """The n-th time, from 1 on, that a thread makes this system call."""
+
+    call: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.call}-{self.number}"
+
+
+def tracing(log: Path, *, kill_at: Sync | None = None, with_children: bool = False) -> list[str]:
+    """Return what starts a program so that it is killed when one of its threads syncs so for the n-th time.
 
     Args:
         log: gets a line for each sync, which begins with the thread's number.
-        kill_at: n, from 1 on; None: only write the log.
+        kill_at: None: only write the log.
         with_children: also count, and kill, what it starts."""
-    kill = ["-e", f"inject=fsync,fdatasync:signal=SIGKILL:when={kill_at}"] if kill_at else []
-    # -DDD: the program, not strace, is the child that was asked for. strace counts each thread for itself.
+    kill = ["-e", f"inject={kill_at.call}:signal=SIGKILL:when={kill_at.number}"] if kill_at else []
+    # -DDD: the program, not strace, is the child that was asked for. strace counts each thread and call for itself.
     alone = [] if with_children else ["-b", "execve"]
     return [
         "strace",
@@ -41,7 +52,7 @@ def tracing(log: Path, *, kill_at: int | None = None, with_children: bool = Fals
     ]
 
 
-def tracing_runners(directory: Path, log: Path, *, kill_at: int | None = None) -> list[str]:
+def tracing_runners(directory: Path, log: Path, *, kill_at: Sync | None = None) -> list[str]:
     """Return what starts an agent so that each of its runners is killed at its own n-th sync; the agent is not.
 
     Args:
@@ -58,15 +69,19 @@ def tracing_runners(directory: Path, log: Path, *, kill_at: int | None = None) -
     return ["bash", "-c", 'exec -a "$0" "$@"', str(stand_in), sys.executable]
 
 
-def count_syncs(*logs: Path) -> int:
-    """Return the most that one thread did."""
-    return max((count for log in logs for count in _count_by_thread(log).values()), default=0)
+def list_syncs(*logs: Path) -> list[Sync]:
+    """Return all the moments at which one thread, the one that did most, could be killed."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for log in logs:
+        counts.update((words[0], words[1].partition("(")[0]) for line in _read_syncs(log) if (words := line.split()))
+    last = {call: max((count for (_, name), count in counts.items() if name == call), default=0) for call in CALLS}
+    return [Sync(call, number) for call in CALLS for number in range(1, last[call] + 1)]
 
 
 def has_killed(*logs: Path) -> bool:
     """Whether a sync was never finished."""
-    return any("sync(" in line and line.endswith("= ?") for log in logs for line in log.read_text().splitlines())
+    return any(line.endswith("= ?") for log in logs for line in _read_syncs(log))
 
 
-def _count_by_thread(log: Path) -> Counter[str]:
-    return Counter(line.split()[0] for line in log.read_text().splitlines() if "sync(" in line)
+def _read_syncs(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if "sync(" in line]
