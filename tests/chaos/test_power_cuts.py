@@ -35,7 +35,7 @@ from tests.support.processes import find_free_port
 CUTS = 50
 COMMANDS = 120
 STRIKES = 18  # two seconds each, over which the commands are spread
-AT_ONCE = 3
+AT_ONCE = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
