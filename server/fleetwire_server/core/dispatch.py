@@ -171,6 +171,7 @@ class Dispatch:
         """Offer the commands that wait for this agent, oldest first; those that waited too long expire."""
         room = MAX_HELD_BY_AGENT - len(session.command_ids)
         if room <= 0:
+            session.has_queued = True  # perhaps: looked at when one of those it holds has ended
             return
         changed, session.has_queued = await self._store.write(
             partial(_offer_waiting, session=session, room=room, now=self._now())
