@@ -1,18 +1,32 @@
-"""What the agent holds of each command until the server has stored it: state, output and result. In memory.
+"""What the agent holds of each command until the server has stored its end: on disk, so that neither a killed agent
+nor a power cut makes it forget.
 
-Knows no process and no socket. `next_message` says what the server has not been told on this link; a new link starts
-from what the server says it has (`settle`), so nothing is lost by a break except what the window could not hold."""
+Knows no process and no socket. `next_messages` says what the server has not been told on this link and what is safe to
+tell, as it is on disk; a new link starts from what the server says it has (`send_again`)."""
 
 import asyncio
 import binascii
+import json
+import logging
+import shutil
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Final, Literal, TypeAlias
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias, cast
 
-from fleetwire_shared.limits import CHUNK_BYTES, OUTPUT_WINDOW_BYTES
+from fleetwire_agent.command_states import Event, State, move
+from fleetwire_agent.ledger_file import LedgerFile
+from fleetwire_agent.runner.files import keep_reserve
+from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
+from fleetwire_agent.runners import COMMANDS
+from fleetwire_shared.codec import decode, encode
+from fleetwire_shared.errors import ConflictError, UnavailableError
+from fleetwire_shared.limits import COMMAND_PREVIEW_CHARACTERS, OUTPUT_WINDOW_BYTES
 from fleetwire_shared.messages import (
+    FROM_AGENT,
+    FROM_SERVER,
     CommandAccepted,
     CommandFinished,
     CommandOffer,
@@ -22,36 +36,16 @@ from fleetwire_shared.messages import (
     LedgerEntry,
 )
 
-Stream: TypeAlias = Literal["stdout", "stderr"]
 Ending: TypeAlias = CommandFinished | CommandRejected
-CommandMessage: TypeAlias = CommandAccepted | CommandStarted | CommandOutput | CommandFinished
+CommandMessage: TypeAlias = CommandAccepted | CommandStarted | CommandOutput | CommandFinished | CommandRejected
 
-AWAY_OUTPUT_BYTES: Final = 16 * 1024 * 1024
-"""Output of all commands together that is held while the server is away; the oldest of the largest goes first."""
+SPOOL_BYTES: Final = 512 * 1024 * 1024
+"""Output of all commands together that waits on disk for the server."""
 
 REMEMBERED_ENDINGS: Final = 2000
 """Commands whose end the server has stored and whose ids are kept, so that a repeated offer never runs them again."""
 
-_PIECE_COST_BYTES: Final = 256  # what a piece costs beside its bytes: else one-byte writes would defeat the window
-_JOINED_PIECE_BYTES: Final = 4096  # small writes are joined up to this while they wait
-
-
-@dataclass(slots=True)
-class Piece:
-    """Output that was read in one go."""
-
-    stream: Stream
-    position: int
-    offset: int
-    content: bytes
-
-    @property
-    def end(self) -> int:
-        return self.position + len(self.content)
-
-    @property
-    def cost_bytes(self) -> int:
-        return len(self.content) + _PIECE_COST_BYTES
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,109 +53,210 @@ class Entry:
     """One command, from its acceptance until the server has stored its end."""
 
     offer: CommandOffer
+    boot_id: str  # of the boot in which it was accepted
+    expires_at: float  # Unix seconds by this host's clock; counts after a reboot
+    expires_boottime: float  # seconds of CLOCK_BOOTTIME; counts within one boot, whatever is done to the clock
+    state: State = State.ACCEPTED
+    attempt: int = 1  # its directory's; a new one after it is proved that the last one did not start the shell
+    started_boot_id: str | None = None  # of the boot in which it was last about to start
     started_at: float | None = None
-    result: CommandFinished | None = None
-    is_forgotten: bool = False  # the server wants to hear no more of it
-    written_bytes: dict[Stream, int] = field(default_factory=lambda: {"stdout": 0, "stderr": 0})
-    held_bytes: int = 0  # cost of the pieces in `sent` and `unsent`
-    sent: deque[Piece] = field(default_factory=deque)
-    unsent: deque[Piece] = field(default_factory=deque)
+    ending: Ending | None = None
+    directory: Path | None = None  # of its output, once it has one
+    output: SpoolReader | None = None
+    spool_bytes: int = 0  # as measured last
+    stored_position: int = 0  # what the server has
+    is_on_disk: bool = False  # the acceptance is
+    is_ending_on_disk: bool = False
+    is_muted: bool = False  # the server wants to hear no more of it
     is_accepted_sent: bool = False
     is_started_sent: bool = False
-    is_result_sent: bool = False
-    has_room: asyncio.Event = field(default_factory=asyncio.Event)
+    is_ending_sent: bool = False
 
     @property
     def command_id(self) -> str:
         return self.offer.command_id
 
-    @property
-    def state(self) -> Literal["accepted", "running", "finished"]:
-        if self.result:
-            return "finished"
-        return "accepted" if self.started_at is None else "running"
+    def describe(self) -> LedgerEntry:
+        states: dict[State, Literal["accepted", "running", "finished"]] = {
+            State.RUNNING: "running",
+            State.FINISHED: "finished",
+        }
+        return LedgerEntry(
+            command_id=self.command_id,
+            state=states.get(self.state, "accepted"),
+            command=self.offer.command[:COMMAND_PREVIEW_CHARACTERS],
+            timeout_seconds=self.offer.timeout_seconds,
+        )
+
+    def open_output(self, directory: Path) -> None:
+        self.directory = directory
+        self.output = SpoolReader(str(directory))
+        self.output.seek(self.stored_position)
 
     def next_message(self) -> CommandMessage | None:
-        """Return what the server is to be told next, and count it as told; None when it knows all."""
+        """Return what the server is to be told next, and count it as told; None when it knows all that may be told."""
+        if not self.is_on_disk:
+            return None
         if not self.is_accepted_sent:
             self.is_accepted_sent = True
             return CommandAccepted(command_id=self.command_id)
         if not self.is_started_sent and self.started_at is not None:
             self.is_started_sent = True
             return CommandStarted(command_id=self.command_id, started_at=self.started_at)
-        if self.unsent:
-            piece = self.unsent.popleft()
-            self.sent.append(piece)
-            return CommandOutput(
-                command_id=self.command_id,
-                stream=piece.stream,
-                position=piece.position,
-                offset=piece.offset,
-                base64=binascii.b2a_base64(piece.content, newline=False).decode("ascii"),
-            )
-        if self.result and not self.is_result_sent:
-            self.is_result_sent = True
-            return self.result
+        if message := self._next_output():
+            return message
+        if self.ending and self.is_ending_on_disk and not self.is_ending_sent and self._is_output_told():
+            self.is_ending_sent = True
+            return self.ending
         return None
 
-    def add_output(self, stream: Stream, content: bytes) -> None:
-        position = sum(self.written_bytes.values())
-        offset = self.written_bytes[stream]
-        self.written_bytes[stream] += len(content)
-        if self.is_forgotten:
-            return
-        last = self.unsent[-1] if self.unsent else None
-        if last and last.stream == stream and len(last.content) + len(content) <= _JOINED_PIECE_BYTES:
-            last.content += content
-            self.held_bytes += len(content)
-            return
-        piece = Piece(stream, position, offset, content)
-        self.unsent.append(piece)
-        self.held_bytes += piece.cost_bytes
+    def _next_output(self) -> CommandOutput | None:
+        if self.output is None or self.output.position - self.stored_position >= OUTPUT_WINDOW_BYTES:
+            return None
+        try:
+            piece = self.output.read()
+        except OSError as err:
+            _log.error("output of %s cannot be read: %s", self.command_id, err)
+            return None
+        if piece is None:
+            return None
+        return CommandOutput(
+            command_id=self.command_id,
+            stream=piece.stream,
+            position=piece.position,
+            offset=piece.offset,
+            base64=binascii.b2a_base64(piece.content, newline=False).decode("ascii"),
+        )
 
-    def drop_output_before(self, position: int) -> None:
-        """Forget what the server has stored."""
-        for pieces in (self.sent, self.unsent):
-            while pieces and pieces[0].end <= position:
-                self.held_bytes -= pieces.popleft().cost_bytes
-
-    def drop_oldest_output(self) -> int:
-        """Return how many bytes of the window it freed."""
-        pieces = self.sent or self.unsent
-        if not pieces:
-            return 0
-        cost_bytes = pieces.popleft().cost_bytes
-        self.held_bytes -= cost_bytes
-        return cost_bytes
+    def _is_output_told(self) -> bool:
+        """Whether nothing of the output waits for room in the window."""
+        return self.output is None or self.output.position - self.stored_position < OUTPUT_WINDOW_BYTES
 
     def send_again_from(self, position: int) -> None:
         """Start over on a new link: `accepted` is known from the hello, output before `position` is stored."""
-        self.unsent.extendleft(reversed(self.sent))
-        self.sent.clear()
-        self.drop_output_before(position)
-        if self.unsent and self.unsent[0].position < position:
-            first = self.unsent[0]
-            known_bytes = position - first.position
-            self.unsent[0] = Piece(first.stream, position, first.offset + known_bytes, first.content[known_bytes:])
-            self.held_bytes -= known_bytes
+        self.stored_position = position
+        if self.output is not None:
+            self.output.seek(position)
         self.is_accepted_sent = True
         self.is_started_sent = False
-        self.is_result_sent = False
+        self.is_ending_sent = False
 
 
 class Ledger:
     """The commands of this agent. `news` is set when `next_messages` may have something new."""
 
-    def __init__(self, *, window_bytes: int = OUTPUT_WINDOW_BYTES, away_bytes: int = AWAY_OUTPUT_BYTES) -> None:
-        self._window_bytes = window_bytes
-        self._away_bytes = away_bytes
-        self._entries: dict[str, Entry] = {}
-        self._endings: OrderedDict[str, Ending] = OrderedDict()
-        self._is_connected = False
-        self._held_bytes = 0  # of all entries
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        boot_id: str,
+        new_instance_id: str,
+        spool_bytes: int = SPOOL_BYTES,
+        now: Callable[[], float] = time.time,
+        boottime: Callable[[], float] = lambda: time.clock_gettime(time.CLOCK_BOOTTIME),
+    ) -> None:
+        """`new_instance_id` is taken where the directory holds no ledger, or a damaged one."""
+        self.instance_id = new_instance_id
+        self._new_instance_id = new_instance_id
+        self.boot_id = boot_id
         self.news = asyncio.Event()
         self.is_reported = asyncio.Event()  # the server has stored the end of every command that ended
         self.is_reported.set()
+        self._directory = directory
+        self._commands_directory = directory / COMMANDS
+        self._file = LedgerFile(directory, self._list_live)
+        self._spool_bytes = spool_bytes
+        self._now = now
+        self._boottime = boottime
+        self._entries: dict[str, Entry] = {}
+        self._endings: OrderedDict[str, Ending] = OrderedDict()
+        self._answers: list[Ending] = []  # on disk, and to be told once
+
+    # ------------------------------------------------------------ opening
+
+    def open(self) -> list[Entry]:
+        """Read the ledger; return the commands that were not over. Blocking.
+
+        Raises:
+            ConflictError: another agent uses the directory. UnavailableError: it cannot be used."""
+        try:
+            records, is_damaged = self._file.open()
+            self._commands_directory.mkdir(mode=0o700, exist_ok=True)
+            keep_reserve(str(self._directory))
+        except BlockingIOError as err:
+            raise ConflictError(f"another agent keeps its state in {self._directory}; give --state-dir") from err
+        except OSError as err:
+            problem = f"the ledger in {self._directory} cannot be used: {err.strerror}"
+            raise UnavailableError(f"{problem}; make the directory writable, or give another with --state-dir") from err
+        for record in records:
+            self._replay(json.loads(record))
+        if is_damaged:
+            _log.error("the ledger was damaged: commands may have been forgotten")
+            self.instance_id = self._new_instance_id
+        for entry in self._entries.values():
+            entry.is_on_disk = entry.is_accepted_sent = True
+            entry.is_ending_on_disk = entry.ending is not None
+            self._find_output(entry)
+        self._remove_strays()
+        self._update_reported()
+        return [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
+
+    def begin(self) -> None:
+        """Write down which instance this is, in the loop. Call it once, after `open`."""
+        self._append({"record": "instance", "instance_id": self.instance_id})
+
+    def close(self) -> None:
+        """Blocking."""
+        for entry in self._entries.values():
+            if entry.output is not None:
+                entry.output.close()
+        self._file.close()
+
+    def _replay(self, record: dict[str, Any]) -> None:
+        entry = self._entries.get(record.get("command_id", ""))
+        match record["record"]:
+            case "instance":
+                self.instance_id = record["instance_id"]
+            case "accepted":
+                offer = cast(CommandOffer, decode(record["offer"], FROM_SERVER))
+                self._entries[offer.command_id] = Entry(
+                    offer, record["boot_id"], record["expires_at"], record["expires_boottime"]
+                )
+            case "starting" if entry:
+                entry.state, entry.attempt, entry.started_boot_id = State.STARTING, record["attempt"], record["boot_id"]
+            case "never_ran" if entry:
+                entry.state, entry.attempt = State.ACCEPTED, record["attempt"]
+            case "running" if entry:
+                entry.state, entry.started_at = State.RUNNING, record["started_at"]
+            case "finished" if entry:
+                entry.state, entry.ending = State.FINISHED, _decode_ending(record["ending"])
+            case "stored" if entry:
+                del self._entries[entry.command_id]
+                if entry.ending:
+                    self._remember(entry.ending)
+            case "ended":
+                self._remember(_decode_ending(record["ending"]))
+            case _:  # of a command that is over, or of a newer agent
+                pass
+
+    def _list_live(self) -> Iterator[bytes]:
+        """Return the records that make up the present state."""
+        yield _pack({"record": "instance", "instance_id": self.instance_id})
+        for ending in self._endings.values():
+            yield _pack({"record": "ended", "ending": encode(ending)})
+        for entry in self._entries.values():
+            yield _pack(_accepted(entry))
+            known: dict[str, Any] = {"command_id": entry.command_id}
+            if entry.state in (State.STARTING, State.RUNNING):
+                yield _pack({"record": "starting", **known, "attempt": entry.attempt, "boot_id": entry.started_boot_id})
+            elif entry.attempt > 1:
+                yield _pack({"record": "never_ran", **known, "attempt": entry.attempt})
+            if entry.started_at is not None:
+                yield _pack({"record": "running", **known, "started_at": entry.started_at})
+            if entry.ending:
+                yield _pack({"record": "finished", **known, "ending": encode(entry.ending)})
+
+    # ------------------------------------------------------------ looking
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -169,159 +264,251 @@ class Ledger:
     def get(self, command_id: str) -> Entry | None:
         return self._entries.get(command_id)
 
-    def get_ending(self, command_id: str) -> Ending | None:
-        """Return how a command that is no longer held ended, as far back as the agent remembers."""
-        return self._endings.get(command_id)
+    def state_of(self, command_id: str) -> State:
+        if entry := self._entries.get(command_id):
+            return entry.state
+        return State.ENDED if command_id in self._endings else State.UNKNOWN
 
     def list_entries(self) -> tuple[LedgerEntry, ...]:
         """Return what the hello says of the commands held."""
-        return tuple(
-            LedgerEntry(command_id=entry.command_id, state=entry.state)
-            for entry in self._entries.values()
-            if not entry.is_forgotten
-        )
+        return tuple(entry.describe() for entry in self._entries.values() if entry.is_on_disk and not entry.is_muted)
 
     def next_messages(self) -> list[CommandMessage]:
         """Return the next message of every command that has one: a talkative command does not delay the others."""
-        entries = [entry for entry in self._entries.values() if not entry.is_forgotten]
-        return [message for entry in entries if (message := entry.next_message())]
+        answers, self._answers = self._answers, []
+        entries = [entry for entry in self._entries.values() if not entry.is_muted]
+        return [*answers, *(message for entry in entries if (message := entry.next_message()))]
+
+    def is_expired(self, entry: Entry) -> bool:
+        """Whether its time to wait for its turn is over."""
+        if entry.boot_id == self.boot_id:
+            return self._boottime() >= entry.expires_boottime
+        return self._now() >= entry.expires_at
+
+    def directory_of(self, entry: Entry) -> Path:
+        return self._commands_directory / f"{entry.command_id}.{entry.attempt}"
 
     # ------------------------------------------------------------ what happens to commands
 
-    def add(self, offer: CommandOffer) -> Entry:
-        entry = Entry(offer)
+    def add(self, offer: CommandOffer) -> tuple[Entry, "asyncio.Future[None]"]:
+        """Hold a command; the future is done when that is on disk, and raises OSError when it cannot be."""
+        entry = Entry(
+            offer,
+            self.boot_id,
+            expires_at=self._now() + offer.remaining_seconds,
+            expires_boottime=self._boottime() + offer.remaining_seconds,
+        )
         self._entries[offer.command_id] = entry
-        self._update_room(entry)
-        self.news.set()
-        return entry
+        saved = self._append(_accepted(entry))
 
-    def remove(self, entry: Entry, ending: Ending) -> None:
-        """Stop holding a command; remember only that and how it ended."""
-        if self._entries.pop(entry.command_id, None) is entry:
-            self._held_bytes -= entry.held_bytes
-        self.remember(ending)
+        def note(saved: "asyncio.Future[None]") -> None:
+            if saved.exception() is None:
+                entry.is_on_disk = True
+                self.news.set()
+
+        saved.add_done_callback(note)
+        return entry, saved
+
+    def drop(self, entry: Entry) -> None:
+        """Forget a command whose acceptance could not be written: nobody was told of it."""
+        self._entries.pop(entry.command_id, None)
+
+    async def record_starting(self, entry: Entry) -> None:
+        """Write down that the command may run from here on; returns when that is on disk."""
+        self._move(entry, Event.STARTED)
+        entry.started_boot_id = self.boot_id
+        await self._append(
+            {
+                "record": "starting",
+                "command_id": entry.command_id,
+                "attempt": entry.attempt,
+                "boot_id": entry.started_boot_id,
+            }
+        )
+
+    def record_running(self, entry: Entry, started_at: float) -> None:
+        """What it says is also in the runner's keeping, so nobody waits for the disk."""
+        self._move(entry, Event.RAN)
+        entry.started_at = started_at
+        self._append({"record": "running", "command_id": entry.command_id, "started_at": started_at}, is_durable=False)
+        self.news.set()
+
+    def record_never_ran(self, entry: Entry) -> None:
+        self._move(entry, Event.NEVER_RAN)
+        self.forget_directory(entry)
+        entry.attempt += 1
+        self._append({"record": "never_ran", "command_id": entry.command_id, "attempt": entry.attempt})
+
+    def finish(self, entry: Entry, ending: Ending, event: Event = Event.FINISHED) -> None:
+        """Write down how a command ended; the server is told when that is on disk."""
+        self._move(entry, event)
+        entry.ending = ending
+        saved = self._append({"record": "finished", "command_id": entry.command_id, "ending": encode(ending)})
+
+        def note(saved: "asyncio.Future[None]") -> None:
+            if saved.exception() is not None:
+                # The server is told all the same: it stores what this disk cannot.
+                _log.error("the end of %s could not be written down: %s", entry.command_id, saved.exception())
+            entry.is_ending_on_disk = True
+            self.news.set()
+
+        saved.add_done_callback(note)
         self._update_reported()
+        if entry.is_muted:
+            self.note_stored(entry.command_id)
 
     def remember(self, ending: Ending) -> None:
-        self._endings[ending.command_id] = ending
-        if len(self._endings) > REMEMBERED_ENDINGS:
-            self._endings.popitem(last=False)
+        """Write down that an id never seen must not run; the server is told when that is on disk."""
+        self._remember(ending)
+        saved = self._append({"record": "ended", "ending": encode(ending)})
 
-    def start(self, entry: Entry, *, started_at: float) -> None:
-        entry.started_at = started_at
+        def note(saved: "asyncio.Future[None]") -> None:
+            if saved.exception() is None:
+                self._answers.append(ending)
+                self.news.set()
+
+        saved.add_done_callback(note)
+
+    def answer(self, ending: Ending) -> None:
+        """Tell the server something that need not be on disk."""
+        self._answers.append(ending)
         self.news.set()
 
-    def add_output(self, entry: Entry, stream: Stream, content: bytes) -> None:
-        """Hold a piece of output. With the server away the oldest output makes room for it."""
-        before = entry.held_bytes
-        entry.add_output(stream, content)
-        self._held_bytes += entry.held_bytes - before
-        if not self._is_connected:
-            self._drop_oldest(entry)
-        self._update_room(entry)
-        self.news.set()
+    def answer_again(self, command_id: str) -> None:
+        self.answer(self._endings[command_id])
 
-    def finish(self, entry: Entry, result: CommandFinished) -> None:
-        if entry.is_forgotten:
-            self.remove(entry, result)
-            return
-        entry.result = result
-        self._update_reported()
+    def report_again(self, entry: Entry) -> None:
+        entry.is_accepted_sent = entry.is_started_sent = entry.is_ending_sent = False
         self.news.set()
 
     # ------------------------------------------------------------ what the server says
 
-    def note_output_stored(self, command_id: str, position: int) -> None:
-        if entry := self._entries.get(command_id):
-            before = entry.held_bytes
-            entry.drop_output_before(position)
-            self._held_bytes += entry.held_bytes - before
-            self._update_room(entry)
+    def note_output_stored(self, command_id: str, position: int) -> bool:
+        """Return whether that made room on the disk."""
+        entry = self._entries.get(command_id)
+        if entry is None or position <= entry.stored_position:
+            return False
+        entry.stored_position = position
+        self.news.set()
+        return entry.output is not None and entry.output.drop_before(position)
 
     def note_stored(self, command_id: str) -> None:
         entry = self._entries.get(command_id)
-        if entry and entry.result:
-            self.remove(entry, entry.result)
-
-    def forget(self, command_id: str) -> None:
-        """The server wants to hear no more of it; a command that still runs goes on unheard."""
-        entry = self._entries.get(command_id)
-        if entry is None:
+        if entry is None or entry.ending is None:
             return
-        entry.is_forgotten = True
-        if entry.result:
-            self.remove(entry, entry.result)
-        else:
-            self._drop_all(entry)
+        self._move(entry, Event.STORED)
+        del self._entries[command_id]
+        self._remember(entry.ending)
+        self._append({"record": "stored", "command_id": command_id}, is_durable=False)
+        self.forget_directory(entry)
+        self._update_reported()
+
+    def mute(self, entry: Entry) -> None:
+        """Say no more of a command."""
+        entry.is_muted = True
+        self._update_reported()
 
     def send_again(self, entry: Entry, *, position: int = 0) -> None:
-        before = entry.held_bytes
         entry.send_again_from(position)
-        self._held_bytes += entry.held_bytes - before
-        self._update_room(entry)
         self.news.set()
 
-    def connect(self) -> None:
-        """A link is up and every entry has been settled: full windows stop their readers from now on."""
-        self._is_connected = True
-        self._update_all_rooms()
+    # ------------------------------------------------------------ output on disk
+
+    def note_output(self, entry: Entry) -> None:
+        """There is more of it: tell the server, and keep all of it together within the quota."""
         self.news.set()
+        if entry.directory is None:
+            return
+        entry.spool_bytes = measure(str(entry.directory))
+        excess_bytes = sum(each.spool_bytes for each in self._entries.values()) - self._spool_bytes
+        if excess_bytes > 0:
+            self._drop_output(excess_bytes)
 
-    def disconnect(self) -> None:
-        """The link is gone: from now on old output is dropped instead of making commands wait."""
-        self._is_connected = False
-        self._update_all_rooms()
+    def _drop_output(self, excess_bytes: int) -> None:
+        """Remove output the server has not, of what ended longest ago first, then of what has most; the gap tells."""
+        ended = [entry for entry in self._entries.values() if entry.state is State.FINISHED]
+        running = [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
+        for entry in [*sorted(ended, key=_ended_at), *sorted(running, key=lambda entry: -entry.spool_bytes)]:
+            if excess_bytes <= 0:
+                return
+            if entry.directory is None or not entry.spool_bytes:
+                continue
+            starts = list_segments(str(entry.directory))
+            gone = starts if entry.state is State.FINISHED else starts[:-1]
+            remove_segments(str(entry.directory), gone)
+            _log.warning(
+                "the server has been away for long: output of %s is dropped, as %d bytes of it wait on disk",
+                entry.command_id,
+                self._spool_bytes,
+            )
+            left_bytes = measure(str(entry.directory))
+            excess_bytes -= entry.spool_bytes - left_bytes
+            entry.spool_bytes = left_bytes
 
-    # ------------------------------------------------------------ the window
+    def forget_directory(self, entry: Entry) -> None:
+        if entry.output is not None:
+            entry.output.close()
+        entry.output, entry.directory, entry.spool_bytes = None, None, 0
+        shutil.rmtree(self.directory_of(entry), ignore_errors=True)
 
-    def _update_all_rooms(self) -> None:
-        for entry in self._entries.values():
-            self._update_room(entry)
+    def _find_output(self, entry: Entry) -> None:
+        directory = self.directory_of(entry)
+        if directory.is_dir():
+            entry.open_output(directory)
+            entry.spool_bytes = measure(str(directory))
 
-    def _update_room(self, entry: Entry) -> None:
-        # Two streams read at the same time, each at most one chunk.
-        has_room = entry.held_bytes <= self._window_bytes - 2 * (CHUNK_BYTES + _PIECE_COST_BYTES)
-        if has_room or entry.is_forgotten or not self._is_connected:
-            entry.has_room.set()
-        else:
-            entry.has_room.clear()
+    def _remove_strays(self) -> None:
+        known = {self.directory_of(entry) for entry in self._entries.values()}
+        for path in self._commands_directory.iterdir():
+            if path not in known:
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _drop_oldest(self, entry: Entry) -> None:
-        while entry.held_bytes > self._window_bytes:
-            self._held_bytes -= entry.drop_oldest_output()
-        while self._held_bytes > self._away_bytes:
-            largest = max(self._entries.values(), key=lambda other: other.held_bytes)
-            self._held_bytes -= largest.drop_oldest_output()
+    # ------------------------------------------------------------ the file
 
-    def _drop_all(self, entry: Entry) -> None:
-        while freed_bytes := entry.drop_oldest_output():
-            self._held_bytes -= freed_bytes
-        self._update_room(entry)
+    def _append(self, record: dict[str, Any], *, is_durable: bool = True) -> "asyncio.Future[None]":
+        saved = self._file.append(_pack(record), is_durable=is_durable)
+        saved.add_done_callback(_complain)
+        return saved
+
+    def _move(self, entry: Entry, event: Event) -> None:
+        entry.state = move(entry.state, event).to
+
+    def _remember(self, ending: Ending) -> None:
+        short = replace(ending, killed=()) if isinstance(ending, CommandFinished) else ending
+        self._endings[ending.command_id] = short
+        if len(self._endings) > REMEMBERED_ENDINGS:
+            self._endings.popitem(last=False)
 
     def _update_reported(self) -> None:
-        if any(entry.result for entry in self._entries.values()):
+        if any(entry.ending for entry in self._entries.values()):
             self.is_reported.clear()
         else:
             self.is_reported.set()
 
 
-def build_result(
-    entry: Entry,
-    status: Literal["succeeded", "failed", "timed_out", "cancelled", "interrupted"],
-    *,
-    exit_code: int | None = None,
-    duration_seconds: float = 0.0,
-    error: str | None = None,
-    now: Callable[[], float] = time.time,
-) -> CommandFinished:
-    """Return the message that says how a command ended; of one that never started, its start is now."""
-    return CommandFinished(
-        command_id=entry.command_id,
-        status=status,
-        exit_code=exit_code,
-        stdout_bytes=entry.written_bytes["stdout"],
-        stderr_bytes=entry.written_bytes["stderr"],
-        started_at=now() if entry.started_at is None else entry.started_at,
-        duration_seconds=duration_seconds,
-        error=error,
-    )
+def _accepted(entry: Entry) -> dict[str, Any]:
+    return {
+        "record": "accepted",
+        "offer": encode(entry.offer),
+        "boot_id": entry.boot_id,
+        "expires_at": entry.expires_at,
+        "expires_boottime": entry.expires_boottime,
+    }
+
+
+def _ended_at(entry: Entry) -> float:
+    ending = entry.ending
+    return ending.started_at + ending.duration_seconds if isinstance(ending, CommandFinished) else 0.0
+
+
+def _pack(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, separators=(",", ":")).encode()
+
+
+def _decode_ending(text: str) -> Ending:
+    return cast(Ending, decode(text, FROM_AGENT))
+
+
+def _complain(saved: "asyncio.Future[None]") -> None:
+    if (error := saved.exception()) is not None:
+        _log.error("the ledger cannot be written: %s", error)

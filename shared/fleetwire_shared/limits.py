@@ -29,6 +29,12 @@ COMMAND_TIMEOUT_DEFAULT_SECONDS: Final = 30
 MAX_COMMAND_BYTES: Final = 128 * 1024
 """Linux refuses a single argument of 128 KiB or more (MAX_ARG_STRLEN), and `sh -c` takes the text as one."""
 
+MAX_KILLED_LISTED: Final = 100
+"""Processes a result names of those a stop ended; a fork bomb has thousands, of which the count tells."""
+
+COMMAND_PREVIEW_CHARACTERS: Final = 200
+"""Of a command's text in the hello: 256 of them must fit into one frame."""
+
 OUTPUT_WINDOW_BYTES: Final = 1024 * 1024
 """Output of one command that the agent may hold unacknowledged. Connected, a full window stops reading the
 command's pipes; with the server away the oldest output is dropped instead, so the command never waits for it."""

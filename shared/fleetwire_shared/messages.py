@@ -41,6 +41,18 @@ class LedgerEntry:
 
     command_id: str
     state: Literal["accepted", "running", "finished"]
+    # What the server needs to take over a command that it does not know, restored from a backup perhaps.
+    command: str = ""  # the first characters of its text
+    timeout_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KilledProcess:
+    """A process that a timeout, a cancel or the agent's removal ended."""
+
+    pid: int
+    command: str  # its command line, cut; its name in brackets where it has none
+    signal: Literal["TERM", "KILL"]  # KILL: it lived on through the grace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +242,8 @@ class CommandFinished:
     started_at: float
     duration_seconds: float  # by a monotonic clock
     error: str | None = None
+    killed: tuple[KilledProcess, ...] = ()  # of a stopped command, at most MAX_KILLED_LISTED
+    killed_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -305,12 +319,15 @@ class CommandOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandCancel:
-    """Stop the command and all it started, or never start it.
+    """Stop the command and all it started, or never start it: the agent remembers an id it has not seen yet, so that
+    an offer on its way is refused.
 
-    Answered by its `command_finished` or `command_rejected`."""
+    Answered by its `command_finished` or `command_rejected`. `expired` is for what was offered, never answered and is
+    out of time: only the agent can tell that it has not run."""
 
     type: ClassVar[str] = "command_cancel"
     command_id: str
+    reason: Literal["cancelled", "expired"] = "cancelled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fleetwire_agent.processes import COMMAND_ID_VARIABLE, Pipe, Spawner, kill_processes, read_process
+from fleetwire_agent.process_table import COMMAND_ID_VARIABLE, read_process
+from fleetwire_agent.processes import Pipe, Spawner, kill_processes
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 

@@ -115,7 +115,7 @@ async def test_a_full_disk_on_the_host(release: str, boot_host: BootHost, e2e_ap
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
     host.exec("cat /dev/zero >/srv/filler 2>/dev/null; cat /dev/zero >/var/filler 2>/dev/null; true")
-    command = await e2e_api.run(agent_id, "echo still here; echo x >/srv/file")
+    command = await e2e_api.run(agent_id, "echo still here; head -c 100M /dev/zero >/srv/file")
     assert command["output"].startswith("still here\n")
     assert "No space left" in command["output"]
     async with e2e_api.open("POST", f"{path}/files", data=make_form("/srv/upload", bytes(1_000_000))) as response:

@@ -30,7 +30,7 @@ StateDirectoryMode=0700
 WorkingDirectory=/
 Restart=always
 RestartSec=2
-# The agent kills what its commands started, and reports it, within two seconds; what is left then is killed.
+# Commands have units of their own, and run on while the agent is stopped, restarted or replaced.
 KillMode=mixed
 TimeoutStopSec=10
 # A command that eats the memory is no reason to stop the others.
@@ -42,8 +42,8 @@ WantedBy=multi-user.target
 """
 
 _MANAGE = """\
-# Profile manage: commands and files as root, so no sandbox. Commands run in this unit.
-TasksMax=16384
+# Profile manage: commands and files as root, so no sandbox. Commands run in units of their own.
+TasksMax=4096
 """
 
 _MONITOR = """\

@@ -27,6 +27,7 @@ from fleetwire_agent.install.layout import (
 from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Plain, Service, make_service, read_supervisor
 from fleetwire_agent.install.users import is_our_user, remove_user
+from fleetwire_agent.runners import COMMANDS, stop_commands
 from fleetwire_agent.version import program_root
 from fleetwire_shared.errors import ConflictError, UnavailableError
 
@@ -66,6 +67,9 @@ def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome
     if is_ours(UNIT) or is_ours(INIT_SCRIPT) or isinstance(service, Plain):
         service.stop()
         report.step("stop", "the agent is stopped")
+    stopped = stop_commands(STATE / COMMANDS)
+    if stopped:
+        report.step("stop", f"{stopped} running commands are stopped")
     removed = remove_all(service, is_purging=is_purging, is_leaving=False)
     for name in removed:
         report.step("remove", name)
@@ -156,8 +160,7 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     Raises:
         ConflictError: this agent cannot remove itself; the message says why.
         UnavailableError: something could not be removed."""
-    if not _has_begun.is_set():
-        check_removable(profile)
+    check_may_remove(profile)
     service = make_service(find_init())
     try:
         with only_one():
@@ -170,6 +173,12 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     except OSError as err:
         problem = describe_os_error(err).message
         raise UnavailableError(f"the agent could not be removed from its host: {problem}") from err
+
+
+def check_may_remove(profile: Profile) -> None:
+    """Raises ConflictError: the agent that calls this cannot remove itself. One that has begun to may go on."""
+    if not _has_begun.is_set():
+        check_removable(profile)
 
 
 def check_removable(profile: Profile) -> None:

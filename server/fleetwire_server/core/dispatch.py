@@ -1,25 +1,44 @@
 """The life of a command: submitted, offered, reported on by its agent, cancelled, expired. Every change is stored first
-and announced after; what an agent reports is acknowledged only once it is stored."""
+and announced after; what an agent reports is acknowledged only once it is stored. What may follow what is the table of
+command_states.py, what a connect comes to is decided by resync.py: here is what they say carried out."""
 
 import base64
 import binascii
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
-from fleetwire_server.core.command_states import OPEN, TERMINAL, is_late, sources_of
+from fleetwire_server.core.command_states import (
+    ADOPTED_AS,
+    ENDS,
+    HOLDING,
+    REFUSALS,
+    CommandEvent,
+    is_late,
+    is_proved,
+    next_status,
+)
 from fleetwire_server.core.events import frame_json
 from fleetwire_server.core.fanout import FLEET_TOPIC, Fanout, command_topic
 from fleetwire_server.core.loops import run_every
+from fleetwire_server.core.resync import Decision, decide
+from fleetwire_server.core.retention import COMMAND_KEY_SECONDS
 from fleetwire_server.core.sessions import AgentSession, Sessions
-from fleetwire_server.model import Command, CommandStatus, OutputPiece
-from fleetwire_server.storage import commands
+from fleetwire_server.model import AuditEntry, Command, CommandKey, CommandStatus, KilledProcess, OutputPiece
+from fleetwire_server.storage import audit, command_keys, commands
 from fleetwire_server.storage.commands import CommandChanges
 from fleetwire_server.storage.store import Connection, Store
-from fleetwire_shared.errors import ConflictError, FleetwireError, NotFoundError, ProtocolError
-from fleetwire_shared.limits import CHUNK_BYTES, OUTPUT_KEEP_BYTES
+from fleetwire_shared.errors import ConflictError, KeyReusedError, NotFoundError, ProtocolError
+from fleetwire_shared.limits import (
+    CHUNK_BYTES,
+    COMMAND_ID_PATTERN,
+    COMMAND_PREVIEW_CHARACTERS,
+    MAX_KILLED_LISTED,
+    OUTPUT_KEEP_BYTES,
+)
 from fleetwire_shared.messages import (
     CommandAccepted,
     CommandCancel,
@@ -42,28 +61,35 @@ CommandReport: TypeAlias = CommandAccepted | CommandRejected | CommandStarted | 
 MAX_HELD_BY_AGENT = 128
 """Commands one agent is given at a time; the others stay queued here, in order, and cannot overflow its ledger."""
 
+MAX_ORPHANS = 1000
+"""Commands this server does not know that are taken over from one agent: an agent that invents some must not fill the
+database. Those beyond it are ended as they are told of, and not stored."""
+
 EXPIRY_ROUND_SECONDS = 1.0
 
-_REJECTED_AS: Mapping[str, CommandStatus] = {
-    "cancelled": CommandStatus.CANCELLED,
-    "expired": CommandStatus.EXPIRED,
-}
-_LEDGER_STATUS: Mapping[str, CommandStatus] = {
-    "accepted": CommandStatus.ACCEPTED,
-    "running": CommandStatus.RUNNING,
-}
 _LOST_ERROR = (
     "the agent restarted and no longer knows this command: it may have run in part, and what it started may still run"
 )
+_EXPIRED_ERROR = "the agent could not be offered the command before it expired; it has not been run"
+_CANCELLED_ERROR = "cancelled before it was offered to the agent"
+
+_COMMAND_ID = re.compile(COMMAND_ID_PATTERN, re.ASCII)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Settled:
-    """What a connect came to: the answers to the agent's ledger, and the commands that changed by it."""
+    """What a connect came to."""
 
-    answers: tuple[Settlement, ...]
-    changed: tuple[Command, ...]
-    to_cancel: tuple[str, ...]
+    answers: list[Settlement] = field(default_factory=list)  # to the agent's ledger
+    changed: list[Command] = field(default_factory=list)
+    cancels: list[CommandCancel] = field(default_factory=list)  # to be sent after the welcome
+    orphan_ids: list[str] = field(default_factory=list)
+
+    @property
+    def reportable_ids(self) -> set[str]:
+        """The commands that the agent may report on from now on."""
+        kept = {answer.command_id for answer in self.answers if answer.action == "keep"}
+        return kept | {cancel.command_id for cancel in self.cancels}
 
 
 class Dispatch:
@@ -75,26 +101,36 @@ class Dispatch:
 
     # ------------------------------------------------------------ what users ask for
 
-    async def submit(self, command: Command) -> Command:
+    async def submit(
+        self, command: Command, *, key: CommandKey | None = None, is_connected_only: bool = False
+    ) -> Command:
         """Store a new command and offer it to its agent if that is connected.
 
+        Args:
+            key: return the command that was sent under this key before, if one was.
+            is_connected_only: refuse when the agent is away, unless the command was sent before.
         Raises:
-            NotFoundError: there is no such agent."""
+            NotFoundError: there is no such agent. UnavailableError: it is away.
+            KeyReusedError: what was sent under the key was something else."""
+        if key is not None:
+            earlier = await self._store.read(partial(_find_earlier, key=key))
+            if earlier is not None:
+                return earlier
+        if is_connected_only:
+            self._sessions.require(command.agent_id)
         session = self._reserve(command)
+        stored: Command | None = None
         try:
-            stored = await self._store.write(partial(_add, command=command, session=session))
-        except FleetwireError:
-            if session is not None:
+            stored = await self._store.write(partial(_add, command=command, key=key, session=session))
+        finally:
+            if session is not None and (stored is None or stored.id != command.id):
                 session.command_ids.discard(command.id)
-            raise
-        self._announce(stored)
-        present = self._sessions.get(command.agent_id)
-        if session is not None and present is session:
-            self._send_offer(session, stored)
+        if stored.id != command.id:
             return stored
-        if session is not None:  # it left before it could be sent the offer
-            await self._store.write(partial(_requeue, command_id=stored.id))
-        if present is not None:
+        self._announce(stored)
+        if session is not None:
+            await self._deliver(session, [stored])
+        elif (present := self._sessions.get(command.agent_id)) is not None:
             await self.offer_waiting(present)
         return stored
 
@@ -117,7 +153,7 @@ class Dispatch:
         command = await self._store.write(partial(_cancel, agent_id=agent_id, command_id=command_id, now=self._now()))
         self._announce(command)
         session = self._sessions.get(agent_id)
-        if session is not None and command.status in OPEN:
+        if session is not None and not command.status.is_end:
             session.command_ids.add(command_id)
             session.link.send(CommandCancel(command_id=command_id))
         return command
@@ -135,14 +171,29 @@ class Dispatch:
         """Offer the commands that wait for this agent, oldest first; those that waited too long expire."""
         room = MAX_HELD_BY_AGENT - len(session.command_ids)
         if room <= 0:
+            session.has_queued = True  # perhaps: looked at when one of those it holds has ended
             return
         changed, session.has_queued = await self._store.write(
             partial(_offer_waiting, session=session, room=room, now=self._now())
         )
         for command in changed:
             self._announce(command)
-            if command.status is CommandStatus.OFFERED:
+        await self._deliver(session, [each for each in changed if each.status is CommandStatus.OFFERED])
+
+    async def _deliver(self, session: AgentSession, offered: Sequence[Command]) -> None:
+        """Send what is stored as offered to this session; where it is gone meanwhile, its successor is offered it."""
+        present = self._sessions.get(session.agent_id)
+        if present is session:
+            for command in offered:
                 self._send_offer(session, command)
+            return
+        known = present.command_ids if present is not None else frozenset[str]()
+        unsent = [command for command in offered if command.id not in known]
+        if unsent:
+            for requeued in await self._store.write(partial(_requeue_unsent, unsent=unsent, now=self._now())):
+                self._announce(requeued)
+            if present is not None:
+                await self.offer_waiting(present)
 
     async def receive(self, session: AgentSession, reports: Sequence[CommandReport]) -> None:
         """Store what the agent reports, in order and in one transaction; then announce and acknowledge it.
@@ -212,66 +263,106 @@ class Dispatch:
 # -------------------------------------------------------------------- changes, each within one transaction
 
 
-def _add(connection: Connection, *, command: Command, session: AgentSession | None) -> Command:
+def _move(
+    connection: Connection,
+    stored: Command,
+    event: CommandEvent,
+    now: float,
+    error: str | None = None,
+    changes: CommandChanges | None = None,
+) -> Command | None:
+    """Store what the event makes of the command and return it as it is now, None where nothing is changed by it.
+
+    The only place where a status is set."""
+    status = next_status(stored.status, event)
+    if status is None:
+        return None
+    accepted_at = stored.accepted_at
+    if accepted_at is None and event in HOLDING:
+        accepted_at = now
+    values: CommandChanges = {
+        **(changes or {}),
+        "status": status,
+        "accepted_at": accepted_at,
+        "late": stored.late or is_late(stored.status),
+        "finished_at": now if status.is_end else None,
+        "error": error if status.is_end else None,
+    }
+    return commands.update_command(connection, stored.id, {stored.status}, **values)
+
+
+def _add(connection: Connection, *, command: Command, key: CommandKey | None, session: AgentSession | None) -> Command:
+    if key is not None and (earlier := _find_earlier(connection, key=key)) is not None:
+        return earlier
     commands.add_command(connection, command)
+    if key is not None:
+        command_keys.add_key(connection, key, command.id)
     if session is None:
         return command
-    return _offer(connection, command, session) or command
+    return _offer(connection, command, session, command.created_at) or command
 
 
-def _offer(connection: Connection, command: Command, session: AgentSession) -> Command | None:
-    return commands.update_command(
-        connection,
-        command.id,
-        sources_of(CommandStatus.OFFERED),
-        status=CommandStatus.OFFERED,
-        offered_to=session.instance_id,
-    )
+def _find_earlier(connection: Connection, *, key: CommandKey) -> Command | None:
+    """Return the command that was sent under the key within the last COMMAND_KEY_SECONDS.
+
+    Raises:
+        KeyReusedError: it was sent with another body."""
+    found = command_keys.get_key(connection, key, key.created_at - COMMAND_KEY_SECONDS)
+    if found is None:
+        return None
+    body_hash, command_id = found
+    if body_hash != key.body_hash:
+        raise KeyReusedError(
+            "Idempotency-Key: was used within the last 24 hours for another command; send each command with its own"
+        )
+    return commands.get_command(connection, key.agent_id, command_id)
 
 
-def _requeue(connection: Connection, *, command_id: str) -> Command | None:
-    return commands.update_command(
-        connection, command_id, {CommandStatus.OFFERED}, status=CommandStatus.QUEUED, offered_to=None
-    )
+def _offer(connection: Connection, command: Command, session: AgentSession, now: float) -> Command | None:
+    return _move(connection, command, CommandEvent.OFFERED, now, changes={"offered_to": session.instance_id})
 
 
-def _end(
-    connection: Connection, command: Command, status: CommandStatus, now: float, error: str | None
-) -> Command | None:
-    return commands.update_command(
-        connection, command.id, sources_of(status), status=status, finished_at=now, error=error
-    )
+def _requeue(connection: Connection, command: Command, event: CommandEvent, now: float) -> Command | None:
+    return _move(connection, command, event, now, changes={"offered_to": None})
+
+
+def _requeue_unsent(connection: Connection, *, unsent: Iterable[Command], now: float) -> list[Command]:
+    """Queue again what was not sent; what was cancelled meanwhile is over with that, as nobody has received it."""
+    changed = []
+    for command in unsent:
+        requeued = _requeue(connection, command, CommandEvent.UNSENT, now)
+        if requeued is not None and requeued.cancel_requested_at is not None:
+            requeued = _move(connection, requeued, CommandEvent.CANCEL_ASKED, now, _CANCELLED_ERROR)
+        if requeued is not None:
+            changed.append(requeued)
+    return changed
 
 
 def _cancel(connection: Connection, *, agent_id: str, command_id: str, now: float) -> Command:
     command = commands.get_command(connection, agent_id, command_id)
     if command is None:
         raise NotFoundError(f"there is no command {command_id} of this agent")
-    if command.status in TERMINAL:
+    asked_at = command.cancel_requested_at
+    if not (command.status is CommandStatus.QUEUED or asked_at is not None):
+        asked_at = now  # of a queued one the end itself says it
+    changed = _move(
+        connection,
+        command,
+        CommandEvent.CANCEL_ASKED,
+        now,
+        _CANCELLED_ERROR,
+        {"cancel_requested_at": asked_at},
+    )
+    if changed is None:
         raise ConflictError(
             f"the command is over, its status is {command.status}; only a command that is not can be cancelled"
         )
-    if command.status is CommandStatus.QUEUED:
-        changed = _end(
-            connection, command, CommandStatus.CANCELLED, now, "cancelled before it was offered to the agent"
-        )
-    else:
-        changed = commands.update_command(
-            connection, command_id, OPEN, cancel_requested_at=command.cancel_requested_at or now
-        )
-    return changed or command
+    return changed
 
 
 def _expire(connection: Connection, *, due: Iterable[Command], now: float) -> list[Command]:
-    error = "the agent could not be offered the command before it expired; it has not been run"
-    return [
-        changed
-        for command in due
-        if command.status is CommandStatus.QUEUED
-        and (changed := commands.update_command(
-            connection, command.id, {CommandStatus.QUEUED}, status=CommandStatus.EXPIRED, finished_at=now, error=error
-        ))
-    ]  # fmt: skip
+    expired = [_move(connection, command, CommandEvent.TIME_OVER, now, _EXPIRED_ERROR) for command in due]
+    return [command for command in expired if command is not None]
 
 
 def _offer_waiting(
@@ -285,62 +376,114 @@ def _offer_waiting(
     ]
     expired = _expire(connection, due=[command for command in queued if command.expires_at <= now], now=now)
     due = [command for command in queued if command.expires_at > now]
-    offered = [_offer(connection, command, session) for command in due[:room]]
+    offered = [_offer(connection, command, session, now) for command in due[:room]]
     return expired + [command for command in offered if command is not None], len(due) > room
 
 
+# -------------------------------------------------------------------- at a connect
+
+
 def _settle(connection: Connection, *, agent_id: str, hello: Hello, now: float) -> Settled:
-    answers, changed, to_cancel = [], [], []
+    settled = Settled()
     for entry in hello.ledger:
         stored = commands.get_command(connection, agent_id, entry.command_id)
-        answers.append(_answer_entry(entry, stored))
-        if answers[-1].action == "keep" and stored is not None:
-            adopted = _adopt(connection, entry, stored)
-            changed.append(adopted or stored)
-            if stored.cancel_requested_at is not None:
-                to_cancel.append(stored.id)
+        decision = _decide(stored, entry, hello, now)
+        if stored is None:
+            decision = _adopt_orphan(connection, agent_id, entry, decision, hello, settled, now)
+        _carry_out(connection, decision, stored, entry, settled, now)
     held = {entry.command_id for entry in hello.ledger}
-    for command in commands.list_open(connection, agent_id):
-        if command.id not in held and command.status is not CommandStatus.QUEUED:
-            settled = _settle_unknown(connection, command, hello.instance_id, now)
-            if settled is not None:
-                changed.append(settled)
-    return Settled(tuple(answers), tuple(changed), tuple(to_cancel))
+    for command in commands.list_unsettled(connection, agent_id, hello.instance_id):
+        if command.id not in held:
+            _carry_out(connection, _decide(command, None, hello, now), command, None, settled, now)
+    if settled.orphan_ids:
+        detail = {"command_ids": settled.orphan_ids, "agent_instance": hello.instance_id[:100]}
+        audit.add_entry(
+            connection,
+            AuditEntry(at=now, actor="server", action="commands.adopted", subject=agent_id, detail=detail),
+        )
+    return settled
 
 
-def _answer_entry(entry: LedgerEntry, stored: Command | None) -> Settlement:
-    if stored is None:
-        logger.warning("agent holds a command this server does not know: %s (%s)", entry.command_id, entry.state)
-        return Settlement(command_id=entry.command_id, action="forget" if entry.state == "finished" else "cancel")
-    if stored.status in TERMINAL and not is_late(stored.status):
-        return Settlement(command_id=entry.command_id, action="forget" if entry.state == "finished" else "cancel")
-    return Settlement(command_id=entry.command_id, action="keep", output_position=stored.output_end)
-
-
-def _adopt(connection: Connection, entry: LedgerEntry, stored: Command) -> Command | None:
-    """Take over the agent's state of a command that both hold; a finished one is stored when its result comes."""
-    status = _LEDGER_STATUS.get(entry.state)
-    if status is None or status is stored.status:
-        return None
-    return commands.update_command(
-        connection,
-        stored.id,
-        sources_of(status),
-        status=status,
-        late=stored.late or is_late(stored.status),
-        finished_at=None,
-        error=None,
+def _decide(stored: Command | None, entry: LedgerEntry | None, hello: Hello, now: float) -> Decision:
+    return decide(
+        stored,
+        entry,
+        is_same_instance=stored is not None and stored.offered_to == hello.instance_id,
+        has_time=stored is not None and stored.expires_at > now,
     )
 
 
-def _settle_unknown(connection: Connection, command: Command, instance_id: str, now: float) -> Command | None:
-    """Settle a command that the agent was offered and does not hold."""
-    was_never_received = command.status is CommandStatus.OFFERED and command.offered_to == instance_id
-    if not was_never_received:
-        return _end(connection, command, CommandStatus.LOST, now, _LOST_ERROR)
-    if command.cancel_requested_at is not None:
-        return _end(connection, command, CommandStatus.CANCELLED, now, "cancelled before the agent received it")
-    return _requeue(connection, command_id=command.id)
+def _carry_out(
+    connection: Connection,
+    decision: Decision,
+    stored: Command | None,
+    entry: LedgerEntry | None,
+    settled: Settled,
+    now: float,
+) -> None:
+    if entry is not None and decision.answer is not None:
+        position = stored.output_end if stored is not None and decision.answer == "keep" else 0
+        settled.answers.append(
+            Settlement(command_id=entry.command_id, action=decision.answer, output_position=position)
+        )
+    if decision.warning is not None and entry is not None:
+        logger.warning("command %s: %s", entry.command_id[:100], decision.warning)
+    if stored is None:
+        return
+    if decision.cancel is not None:
+        settled.cancels.append(CommandCancel(command_id=stored.id, reason=decision.cancel))
+    if decision.event is CommandEvent.NEVER_RECEIVED:
+        changed = _requeue(connection, stored, decision.event, now)
+    elif decision.event is not None:
+        changed = _move(connection, stored, decision.event, now, _LOST_ERROR)
+    else:
+        changed = None
+    if changed is not None:
+        settled.changed.append(changed)
+
+
+def _adopt_orphan(
+    connection: Connection,
+    agent_id: str,
+    entry: LedgerEntry,
+    decision: Decision,
+    hello: Hello,
+    settled: Settled,
+    now: float,
+) -> Decision:
+    """Store a command that only the agent knows. One that cannot be stored is ended instead: nobody could see it, its
+    output would be taken by nobody, and it would stand still as soon as that fills the agent's window."""
+    if not _COMMAND_ID.fullmatch(entry.command_id) or commands.is_known(connection, entry.command_id):
+        problem = "is of another agent, or its id is none of this server's"
+    elif len(settled.orphan_ids) + commands.count_orphans(connection, agent_id) >= MAX_ORPHANS:
+        problem = f"this agent has {MAX_ORPHANS} orphans already"
+    else:
+        command = _make_orphan(agent_id, entry, hello.instance_id, now)
+        commands.add_command(connection, command)
+        settled.orphan_ids.append(command.id)
+        settled.changed.append(command)
+        return decision
+    return Decision(answer="forget" if entry.state == "finished" else "cancel", warning=f"not known here: {problem}")
+
+
+def _make_orphan(agent_id: str, entry: LedgerEntry, instance_id: str, now: float) -> Command:
+    return Command(
+        id=entry.command_id,
+        agent_id=agent_id,
+        type="shell",
+        params={"command": entry.command[:COMMAND_PREVIEW_CHARACTERS], "timeout": entry.timeout_seconds},
+        status=ADOPTED_AS[entry.state],
+        timeout_seconds=entry.timeout_seconds,
+        created_at=now,
+        created_by="",
+        expires_at=now,
+        offered_to=instance_id,
+        accepted_at=now,
+        is_orphan=True,
+    )
+
+
+# -------------------------------------------------------------------- reports
 
 
 def _apply_reports(
@@ -359,32 +502,49 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
     stored = commands.get_command(connection, agent_id, report.command_id)
     if stored is None:
         return None
-    late = stored.late or is_late(stored.status)
-    if isinstance(report, CommandAccepted):
-        return _move(connection, stored, CommandStatus.ACCEPTED, {"late": late})
-    if isinstance(report, CommandStarted):
-        return _move(connection, stored, CommandStatus.RUNNING, {"late": late, "started_at": now})
-    if isinstance(report, CommandRejected) and report.reason == "full" and stored.cancel_requested_at is None:
-        return _requeue(connection, command_id=stored.id)
-    if isinstance(report, CommandRejected):
-        status = _REJECTED_AS.get(report.reason, CommandStatus.REJECTED)
-        return _move(connection, stored, status, {"late": late, "finished_at": now, "error": report.message})
+    match report:
+        case CommandAccepted():
+            return _move(connection, stored, CommandEvent.ACCEPTED, now)
+        case CommandStarted():
+            return _move(connection, stored, CommandEvent.STARTED, now, changes={"started_at": now})
+        case CommandRejected():
+            return _apply_rejection(connection, stored, report, now)
+        case CommandFinished():
+            return _apply_result(connection, stored, report, now)
+
+
+def _apply_rejection(connection: Connection, stored: Command, report: CommandRejected, now: float) -> Command | None:
+    event = REFUSALS[report.reason]
+    if event is CommandEvent.REFUSED_FULL and stored.cancel_requested_at is not None:
+        event = CommandEvent.REFUSED_CANCELLED
+    _compare(stored, event)
+    if next_status(stored.status, event) is CommandStatus.QUEUED:
+        return _requeue(connection, stored, event, now)
+    return _move(connection, stored, event, now, report.message)
+
+
+def _apply_result(connection: Connection, stored: Command, report: CommandFinished, now: float) -> Command | None:
+    event = CommandEvent(report.status)
+    _compare(stored, event)
     changes: CommandChanges = {
-        "late": late,
         "exit_code": report.exit_code,
         "stdout_bytes": report.stdout_bytes,
         "stderr_bytes": report.stderr_bytes,
         "truncated": stored.truncated or stored.output_end < report.stdout_bytes + report.stderr_bytes,
         "started_at": min(stored.started_at or now, now - report.duration_seconds),
-        "finished_at": now,
-        "error": report.error,
+        "killed": tuple(
+            KilledProcess(pid=each.pid, command=each.command[:COMMAND_PREVIEW_CHARACTERS], signal=each.signal)
+            for each in report.killed[:MAX_KILLED_LISTED]
+        ),
+        "killed_count": max(report.killed_count, len(report.killed)),
     }
-    return _move(connection, stored, CommandStatus(report.status), changes)
+    return _move(connection, stored, event, now, report.error, changes)
 
 
-def _move(connection: Connection, stored: Command, status: CommandStatus, changes: CommandChanges) -> Command | None:
-    changes["status"] = status
-    return commands.update_command(connection, stored.id, sources_of(status), **changes)
+def _compare(stored: Command, event: CommandEvent) -> None:
+    """Say so where the agent tells another end than the one that is proved. The stored one stays."""
+    if is_proved(stored.status) and ENDS[event] is not stored.status:
+        logger.warning("command %s: %s here, and %s at the agent", stored.id, stored.status, ENDS[event])
 
 
 def _piece(report: CommandOutput) -> OutputPiece:

@@ -2,19 +2,19 @@
 
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from fleetwire_server.model import Command, CommandStatus, OutputPiece
+from fleetwire_server.model import Command, CommandStatus, KilledProcess, OutputPiece
 from fleetwire_shared.errors import NotFoundError
 
 from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
 
-OPEN_STATUSES = (CommandStatus.QUEUED, CommandStatus.OFFERED, CommandStatus.ACCEPTED, CommandStatus.RUNNING)
-"""In these a command is not over. `lost` and `interrupted` are ends, though a late truth may refine them."""
+Stream: TypeAlias = Literal["stdout", "stderr"]
 
 # Statements of every command's way are built once: building one takes longer than running it.
 _AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
@@ -26,8 +26,8 @@ _GET_OUTPUT_END = select(
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
-_OPEN = tuple(status.value for status in OPEN_STATUSES)
-_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+_OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
+_STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 
 
 class CommandChanges(TypedDict, total=False):
@@ -37,6 +37,7 @@ class CommandChanges(TypedDict, total=False):
     timeout_seconds: float
     expires_at: float
     offered_to: str | None
+    accepted_at: float | None
     started_at: float | None
     finished_at: float | None
     cancel_requested_at: float | None
@@ -45,6 +46,8 @@ class CommandChanges(TypedDict, total=False):
     stderr_bytes: int
     truncated: bool
     late: bool
+    killed: tuple[KilledProcess, ...]
+    killed_count: int
     error: str | None
 
 
@@ -65,6 +68,7 @@ def add_command(connection: Connection, command: Command) -> None:
             "created_by": command.created_by,
             "expires_at": command.expires_at,
             "offered_to": command.offered_to,
+            "accepted_at": command.accepted_at,
             "started_at": command.started_at,
             "finished_at": command.finished_at,
             "cancel_requested_at": command.cancel_requested_at,
@@ -74,6 +78,9 @@ def add_command(connection: Connection, command: Command) -> None:
             "output_end": command.output_end,
             "truncated": command.truncated,
             "late": command.late,
+            "is_orphan": command.is_orphan,
+            "killed": _killed_text(command.killed),
+            "killed_count": command.killed_count,
             "error": command.error,
         },
     )
@@ -83,6 +90,11 @@ def get_command(connection: Connection, agent_id: str, command_id: str) -> Comma
     """Return the command if it is of that agent."""
     row = connection.execute(_GET, {"id": command_id, "agent_id": agent_id}).one_or_none()
     return None if row is None else _command_from(row)
+
+
+def is_known(connection: Connection, command_id: str) -> bool:
+    """Return whether there is such a command, of whichever agent."""
+    return connection.execute(select(COMMANDS.c.sequence).where(COMMANDS.c.id == command_id)).first() is not None
 
 
 def list_commands(connection: Connection, agent_id: str, limit: int = 100) -> list[Command]:
@@ -98,16 +110,32 @@ def list_open(connection: Connection, agent_id: str) -> list[Command]:
     return [_command_from(row) for row in sorted(connection.execute(wanted), key=lambda row: row.sequence)]
 
 
+def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:
+    """Return the agent's commands that were offered and are not over, then some of those that were lost before this
+    instance of the agent, which had been offered them, could answer."""
+    lost = (
+        select(COMMANDS)
+        .where(
+            COMMANDS.c.agent_id == agent_id,
+            COMMANDS.c.status == CommandStatus.LOST.value,
+            COMMANDS.c.offered_to == instance_id,
+            COMMANDS.c.accepted_at.is_(None),
+        )
+        .limit(limit)
+    )
+    offered = [each for each in list_open(connection, agent_id) if each.status is not CommandStatus.QUEUED]
+    return offered + [_command_from(row) for row in connection.execute(lost)]
+
+
+def count_orphans(connection: Connection, agent_id: str) -> int:
+    wanted = select(func.count()).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.is_orphan)
+    return connection.execute(wanted).scalar_one()
+
+
 def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
     """Return queued commands whose time to be offered is over, oldest first."""
     overdue = select(COMMANDS).where(COMMANDS.c.status == CommandStatus.QUEUED.value, COMMANDS.c.expires_at <= now)
     return [_command_from(row) for row in connection.execute(overdue.order_by(COMMANDS.c.sequence).limit(limit))]
-
-
-def count_by_status(connection: Connection) -> dict[CommandStatus, int]:
-    """Return how many commands are stored in each status that occurs."""
-    rows = connection.execute(select(COMMANDS.c.status, func.count()).group_by(COMMANDS.c.status))
-    return {CommandStatus(status): count for status, count in rows}
 
 
 def update_command(
@@ -119,7 +147,10 @@ def update_command(
     """Change a command that is in one of the expected statuses and return it as it is now; else return None."""
     statement = _update_of(tuple(changes))
     expected = [status.value for status in expected_statuses]
-    row = connection.execute(statement, {"of_id": command_id, "expected": expected, **changes}).one_or_none()
+    values: dict[str, Any] = {"of_id": command_id, "expected": expected, **changes}
+    if "killed" in changes:
+        values["killed"] = _killed_text(changes["killed"])
+    row = connection.execute(statement, values).one_or_none()
     return None if row is None else _command_from(row)
 
 
@@ -176,7 +207,7 @@ def list_output(
     command_id: str,
     from_position: int,
     limit_bytes: int,
-    stream: Literal["stdout", "stderr"] | None = None,
+    stream: Stream | None = None,
 ) -> list[OutputPiece]:
     """Return stored pieces from a position on, in order; of one stream only, when it is given.
 
@@ -203,6 +234,53 @@ def list_output(
         of_command, position >= start, position < max(start, from_position) + limit_bytes
     )
     return [_piece_from(row, from_position) for row in connection.execute(wanted.order_by(position))]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptOutput:
+    """What is stored of a command's output, in offsets of one stream or, of both, in positions."""
+
+    size_bytes: int  # kept, all of it
+    end: int  # after the last byte that is kept
+    gaps: tuple[tuple[int, int], ...]  # first bytes missing, first bytes there again; those from an address on
+
+
+def describe_output(
+    connection: Connection,
+    command_id: str,
+    stream: Stream | None = None,
+    *,
+    gaps_from: int = 0,
+    max_gaps: int = 1,
+) -> KeptOutput:
+    """Return what is kept, and the first `max_gaps` gaps that reach beyond the address `gaps_from`."""
+    at, of_command = _address_of(command_id, stream)
+    end = at + func.length(COMMAND_OUTPUT.c.data)
+    size_bytes, last = connection.execute(
+        select(func.coalesce(func.sum(func.length(COMMAND_OUTPUT.c.data)), 0), func.coalesce(func.max(end), 0)).where(
+            of_command
+        )
+    ).one()
+    pieces = select(at.label("at"), func.lag(end, 1, 0).over(order_by=at).label("before")).where(of_command).subquery()
+    gaps = (
+        select(pieces.c.before, pieces.c.at)
+        .where(pieces.c.at > pieces.c.before, pieces.c.at > gaps_from)
+        .order_by(pieces.c.at)
+        .limit(max_gaps)
+    )
+    return KeptOutput(size_bytes, last, tuple((row.before, row.at) for row in connection.execute(gaps)))
+
+
+def find_position(connection: Connection, command_id: str, stream: Stream, offset: int) -> int:
+    """Return the position of a stored byte of one stream."""
+    of_stream = (COMMAND_OUTPUT.c.command_id == command_id) & (COMMAND_OUTPUT.c.stream == stream)
+    found = connection.execute(
+        select(COMMAND_OUTPUT.c.position - COMMAND_OUTPUT.c.offset)
+        .where(of_stream, COMMAND_OUTPUT.c.offset <= offset)
+        .order_by(COMMAND_OUTPUT.c.offset.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return offset if found is None else int(found) + offset
 
 
 def tail_output(connection: Connection, command_id: str, limit_bytes: int) -> list[OutputPiece]:
@@ -270,7 +348,7 @@ def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:
     )
 
 
-def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) -> int:
+def _end_of(stream: Stream, pieces: Iterable[OutputPiece]) -> int:
     """Return the offset after the last of that stream's pieces, 0 when there are none."""
     return max((piece.offset + len(piece.data) for piece in pieces if piece.stream == stream), default=0)
 
@@ -278,7 +356,7 @@ def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) 
 def _delete_middle(
     connection: Connection,
     command_id: str,
-    stream: Literal["stdout", "stderr"],
+    stream: Stream,
     fresh: Iterable[OutputPiece],
     half_bytes: int,
 ) -> int:
@@ -300,6 +378,14 @@ def _delete_middle(
     ).rowcount
 
 
+def _address_of(command_id: str, stream: Stream | None) -> tuple[Column[int], ColumnElement[bool]]:
+    """Return what addresses a piece, and which pieces are meant."""
+    of_command = COMMAND_OUTPUT.c.command_id == command_id
+    if stream is None:
+        return COMMAND_OUTPUT.c.position, of_command
+    return COMMAND_OUTPUT.c.offset, of_command & (COMMAND_OUTPUT.c.stream == stream)
+
+
 def _last_position_before(command_id: str, position: int) -> Any:
     return (
         select(func.max(COMMAND_OUTPUT.c.position))
@@ -317,6 +403,14 @@ def _float_or_none(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
+def _killed_text(killed: Sequence[KilledProcess]) -> str | None:
+    return json.dumps([asdict(each) for each in killed], separators=(",", ":")) if killed else None
+
+
+def _killed_from(text: str | None) -> tuple[KilledProcess, ...]:
+    return tuple(KilledProcess(**each) for each in json.loads(text)) if text else ()
+
+
 def _command_from(row: Row[Any]) -> Command:
     # SQLite's RETURNING gives whole floats as integers: hence float().
     return Command(
@@ -330,6 +424,7 @@ def _command_from(row: Row[Any]) -> Command:
         created_by=row.created_by,
         expires_at=float(row.expires_at),
         offered_to=row.offered_to,
+        accepted_at=_float_or_none(row.accepted_at),
         started_at=_float_or_none(row.started_at),
         finished_at=_float_or_none(row.finished_at),
         cancel_requested_at=_float_or_none(row.cancel_requested_at),
@@ -339,5 +434,8 @@ def _command_from(row: Row[Any]) -> Command:
         output_end=row.output_end,
         truncated=row.truncated,
         late=row.late,
+        is_orphan=row.is_orphan,
+        killed=_killed_from(row.killed),
+        killed_count=row.killed_count,
         error=row.error,
     )

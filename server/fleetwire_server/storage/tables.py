@@ -1,6 +1,6 @@
 """Every table, on one MetaData. Times are Unix seconds; JSON is kept as TEXT. A change here needs a migration."""
 
-from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, Table, Text, text
 
 from fleetwire_server.model import METRIC_NAMES
 
@@ -87,6 +87,7 @@ COMMANDS = Table(
     _required("created_by", Text),  # no foreign key: what a removed user started stays known as theirs
     _required("expires_at", Float),
     Column("offered_to", Text),
+    Column("accepted_at", Float),
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("cancel_requested_at", Float),
@@ -96,6 +97,9 @@ COMMANDS = Table(
     _required("output_end", Integer),
     Column("truncated", Boolean, nullable=False),
     Column("late", Boolean, nullable=False),
+    Column("is_orphan", Boolean, nullable=False, server_default=text("0")),
+    Column("killed", Text),  # JSON, list of objects; null when there are none
+    Column("killed_count", Integer, nullable=False, server_default=text("0")),
     Column("error", Text),
     Index(None, "agent_id", "sequence"),
     Index(None, "agent_id", "status"),
@@ -113,6 +117,19 @@ COMMAND_OUTPUT = Table(
     _required("offset", Integer),
     Column("data", LargeBinary, nullable=False),
     Index(None, "command_id", "stream", "offset"),
+)
+
+COMMAND_KEYS = Table(
+    "command_keys",
+    METADATA,
+    Column("agent_id", Text, primary_key=True),
+    Column("username", Text, primary_key=True),  # no foreign key: as with created_by
+    Column("key", Text, primary_key=True),
+    _required("body_hash", Text),
+    _required("command_id", Text, ForeignKey("commands.id", ondelete="CASCADE")),
+    _required("created_at", Float),
+    Index(None, "command_id"),
+    Index(None, "created_at"),
 )
 
 METRICS_MINUTES = Table(

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from sqlalchemy import Connection
 from tests.support.stored import make_agent, make_command, make_key, make_piece
 
-from fleetwire_server.model import Command, CommandStatus, OutputPiece
-from fleetwire_server.storage import agents, commands
+from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess, OutputPiece
+from fleetwire_server.storage import agents, command_keys, commands
 from fleetwire_shared.errors import NotFoundError
 
 KEEP_ALL = 1 << 40
@@ -35,7 +35,8 @@ def test_a_command_is_returned_as_it_was(connection: Connection) -> None:
     command = make_command(
         status=CommandStatus.FAILED, started_at=1.0, finished_at=2.5, exit_code=3, truncated=True, late=True,
         stdout_bytes=1 << 40, error="é", params={"command": "é", "timeout": 1.5}, offered_to="i",
-        cancel_requested_at=2.0,
+        cancel_requested_at=2.0, accepted_at=0.5, is_orphan=True, killed_count=3,
+        killed=(KilledProcess(pid=7, command="sleep é", signal="TERM"),),
     )  # fmt: skip
     commands.add_command(connection, command)
     assert commands.get_command(connection, "agent_1", "cmd_1") == command
@@ -57,9 +58,6 @@ def test_history_is_newest_first_and_open_commands_oldest_first(with_command: Co
     commands.update_command(with_command, "cmd_4", [CommandStatus.QUEUED], status=CommandStatus.RUNNING)
     assert [each.id for each in commands.list_commands(with_command, "agent_1", 3)] == ["cmd_5", "cmd_4", "cmd_3"]
     assert [each.id for each in commands.list_open(with_command, "agent_1")] == ["cmd_1", "cmd_2", "cmd_4", "cmd_5"]
-    assert commands.count_by_status(with_command) == {
-        CommandStatus.QUEUED: 3, CommandStatus.EXPIRED: 1, CommandStatus.RUNNING: 1
-    }  # fmt: skip
 
 
 def test_only_queued_commands_past_their_time_are_expirable(with_command: Connection) -> None:
@@ -137,6 +135,58 @@ def test_what_was_dropped_is_passed_over_by_a_reader(with_command: Connection) -
     commands.add_output(with_command, "cmd_1", pieces, 100)
     assert commands.list_output(with_command, "cmd_1", 50, 1) == [make_piece(b"x" * 10, 950)]
     assert commands.list_output(with_command, "cmd_1", 1000, 1) == []
+
+
+def test_the_gaps_are_named_in_the_addresses_of_the_stream_or_of_both(with_command: Connection) -> None:
+    def gaps(stream: Literal["stdout", "stderr"] | None, gaps_from: int = 0) -> tuple[tuple[int, int], ...]:
+        described = commands.describe_output(with_command, "cmd_1", stream, gaps_from=gaps_from, max_gaps=3)
+        kept = commands.list_output(with_command, "cmd_1", 0, 10_000, stream)
+        assert described.size_bytes == len(text_of(kept))
+        return described.gaps
+
+    assert commands.describe_output(with_command, "cmd_1") == commands.KeptOutput(0, 0, ())
+    for number in range(30):  # by turns: ten bytes of stdout, one of stderr
+        pieces = [
+            make_piece(b"%010d" % number, 11 * number, offset=10 * number),
+            make_piece(b"!", 11 * number + 10, stream="stderr", offset=number),
+        ]
+        commands.add_output(with_command, "cmd_1", pieces, 100)
+    assert gaps("stdout") == ((50, 250),)
+    assert gaps("stdout", 249) == ((50, 250),)
+    assert gaps("stdout", 250) == gaps("stderr") == ()
+    assert gaps(None) == ((55, 65), (66, 76), (77, 87))
+    assert gaps(None, 65) == ((66, 76), (77, 87), (88, 98))
+    assert commands.find_position(with_command, "cmd_1", "stdout", 253) == 11 * 25 + 3
+    assert commands.find_position(with_command, "cmd_1", "stderr", 7) == 11 * 7 + 10
+
+
+def test_a_stream_whose_beginning_is_missing_has_a_gap_there(with_command: Connection) -> None:
+    commands.add_output(with_command, "cmd_1", [make_piece(b"abc", 10)], KEEP_ALL)
+    assert commands.describe_output(with_command, "cmd_1", "stdout") == commands.KeptOutput(3, 13, ((0, 10),))
+
+
+def test_what_is_unsettled_was_offered_and_not_answered(with_command: Connection) -> None:
+    for status in CommandStatus:
+        commands.add_command(with_command, make_command(f"cmd_{status}", status=status, offered_to="i", accepted_at=1))
+    commands.add_command(with_command, make_command("cmd_other", status=CommandStatus.LOST, offered_to="j"))
+    commands.add_command(with_command, make_command("cmd_unheard", status=CommandStatus.LOST, offered_to="i"))
+    unsettled = [command.id for command in commands.list_unsettled(with_command, "agent_1", "i")]
+    assert unsettled == ["cmd_offered", "cmd_accepted", "cmd_running", "cmd_unheard"]
+
+
+def test_keys_are_removed_when_they_are_old_and_go_with_their_command(with_command: Connection) -> None:
+    def make(key: str, created_at: float = 100.0, body_hash: str = "a") -> CommandKey:
+        return CommandKey(agent_id="agent_1", username="ada", key=key, body_hash=body_hash, created_at=created_at)
+
+    for number in range(5):
+        command_keys.add_key(with_command, make(f"k{number}", 100.0 + number), "cmd_1")
+    command_keys.add_key(with_command, make("k4", 200.0, "b"), "cmd_1")  # in the place of the one before
+    assert command_keys.get_key(with_command, make("k4"), 199.0) == ("b", "cmd_1")
+    assert command_keys.get_key(with_command, make("k4"), 200.0) is None
+    assert [command_keys.delete_old(with_command, 102.0, 2) for _ in range(3)] == [2, 1, 0]
+    assert command_keys.get_key(with_command, make("k3"), 0.0) == ("a", "cmd_1")
+    agents.delete_agent(with_command, "agent_1")
+    assert command_keys.get_key(with_command, make("k3"), 0.0) is None
 
 
 def test_a_reader_starts_at_any_byte(with_command: Connection) -> None:

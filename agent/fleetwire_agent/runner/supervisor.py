@@ -1,0 +1,436 @@
+"""A runner's life: get ready, wait for the agent's word, start the shell, keep its output, write down its end.
+
+One loop over the shell's pipes, the agent's connection and the clock; no threads, and nothing that waits."""
+
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from fleetwire_agent.process_table import Family, ProcessRow, read_process, set_child_subreaper
+from fleetwire_agent.runner.control_group import ControlGroup, make_control_group
+from fleetwire_agent.runner.files import (
+    RESULT,
+    SOCKET,
+    Order,
+    Result,
+    ResultStatus,
+    allocate_result,
+    claim,
+    read_order,
+    use_reserve,
+    write_result,
+)
+from fleetwire_agent.runner.shell import OutputPipe, Shell, protect_from_oom
+from fleetwire_agent.runner.spool import SpoolWriter
+from fleetwire_agent.runner.stop import Stop
+
+GO_SECONDS: Final = 60.0
+"""How long a runner that is ready waits for the word to start; the agent is gone, or has changed its mind."""
+
+BACKGROUND_OUTPUT_SECONDS: Final = 0.5
+"""How long a background child may hold the output after the shell's exit."""
+
+PATIENCE_SECONDS: Final = 10.0
+"""How long a command waits for room while its agent fetches nothing: the link hangs, or the agent is stopped."""
+
+RETRY_SECONDS: Final = 1.0
+_STATE: Final = "../.."  # of the agent, seen from the command's directory
+_MAX_WORD_BYTES: Final = 200
+_SHUTDOWN: Final = "stopped by the service manager, as when the host shuts down"
+
+
+class AgentLink:
+    """The agent's connection. The newest counts: an agent that was restarted connects anew."""
+
+    def __init__(self) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with suppress(FileNotFoundError):
+            os.unlink(SOCKET)  # noqa: PTH108
+        self._listener.bind(SOCKET)
+        os.chmod(SOCKET, 0o600)  # noqa: PTH101
+        self._listener.listen(4)
+        self._listener.setblocking(False)
+        self._peer: socket.socket | None = None
+
+    @property
+    def descriptors(self) -> list[int]:
+        return [self._listener.fileno(), *([self._peer.fileno()] if self._peer is not None else [])]
+
+    @property
+    def is_connected(self) -> bool:
+        return self._peer is not None
+
+    def accept(self) -> bool:
+        """Take a new connection if there is one."""
+        try:
+            peer, _ = self._listener.accept()
+        except BlockingIOError:
+            return False
+        if self._peer is not None:
+            self._peer.close()
+        peer.setblocking(False)
+        self._peer = peer
+        return True
+
+    def receive(self) -> list[str]:
+        """Return what the agent has said; an agent that has left is disconnected."""
+        words: list[str] = []
+        while self._peer is not None:
+            try:
+                word = self._peer.recv(_MAX_WORD_BYTES)
+            except BlockingIOError:
+                break
+            except OSError:
+                word = b""
+            if not word:
+                self._peer.close()
+                self._peer = None
+                break
+            words.append(word.decode("ascii", "replace"))
+        return words
+
+    def send(self, word: str) -> bool:
+        """Return whether the agent will hear it: one that does not listen loses nothing, as all is on disk."""
+        if self._peer is None:
+            return False
+        try:
+            self._peer.send(word.encode("ascii"), socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
+
+    def close(self) -> None:
+        self._listener.close()
+        if self._peer is not None:
+            self._peer.close()
+
+
+class Supervisor:
+    """Watches over one shell from its start to its end."""
+
+    def __init__(self, order: Order, link: AgentLink, group: ControlGroup | None, result: int, wakeup: int) -> None:
+        self._order = order
+        self._link = link
+        self._group = group
+        self._result = result
+        self._wakeup = wakeup
+        self._spool = SpoolWriter(".", head_segments=order.head_segments, make_room=lambda: use_reserve(_STATE))
+        self._pipes: list[OutputPipe] = []
+        self._root = ProcessRow(pid=0, parent_pid=0, session_id=0, start_ticks=-1)  # the shell, once it runs
+        self._stop: Stop | None = None
+        self._stop_status: ResultStatus = "cancelled"
+        self._error: str | None = None
+        self._exit_code: int | None = None
+        self._exited_at: float | None = None
+        self._started_at = 0.0
+        self._began = 0.0  # monotonic
+        self._waits_when_full = False  # the agent is connected to its server: output waits instead of being dropped
+        self._blocked_since: float | None = None
+        self._is_impatient = False
+        self._told_position = 0
+        self.is_terminated = False  # by a signal
+
+    def note_signal(self, number: int, frame: object) -> None:  # noqa: ARG002 - as signal.signal wants it
+        self.is_terminated = True
+
+    def run(self) -> None:
+        """Run the command to its end and leave its result in the directory."""
+        self._started_at, self._began = time.time(), time.monotonic()
+        try:
+            shell = Shell(self._order.argv, self._order.environment, self._group)
+        except OSError as err:
+            self._finish("failed", error=f"the command could not be started: {err.strerror}")
+            return
+        self._root = read_process(shell.pid) or self._root._replace(pid=shell.pid, session_id=shell.pid)
+        self._pipes = list(shell.pipes)
+        self._greet()
+        while not self._is_over():
+            self._wait()
+            now = time.monotonic()
+            self._listen()
+            self._read_pipes(now)
+            self._reap(now)
+            self._watch_time(now)
+            self._tell_output()
+        for pipe in shell.pipes:
+            self._drain(pipe)
+        self._conclude()
+
+    # ------------------------------------------------------------ one round
+
+    def _is_over(self) -> bool:
+        now = time.monotonic()
+        if self._stop is not None:
+            return now >= self._stop.next_at and self._stop.step(now)
+        if self._exited_at is None:
+            return False
+        return not self._pipes or now >= self._exited_at + BACKGROUND_OUTPUT_SECONDS
+
+    def _wait(self) -> None:
+        poller = select.poll()
+        for descriptor in (*self._link.descriptors, self._wakeup):
+            poller.register(descriptor, select.POLLIN)
+        if self._blocked_since is None:
+            for pipe in self._pipes:
+                poller.register(pipe.descriptor, select.POLLIN)
+        now = time.monotonic()
+        moments = [self._began + self._order.timeout_seconds]
+        if self._stop is not None:
+            moments = [self._stop.next_at]
+        elif self._exited_at is not None:
+            moments.append(self._exited_at + BACKGROUND_OUTPUT_SECONDS)
+        if self._blocked_since is not None:
+            moments.append(self._blocked_since + PATIENCE_SECONDS)
+        poller.poll(max(0.0, min(moments) - now) * 1000 + 1)
+
+    def _listen(self) -> None:
+        if self._link.accept():
+            self._greet()
+        for word in self._link.receive():
+            verb, _, argument = word.partition(" ")
+            if verb == "stop":
+                self._begin_stop("interrupted" if argument == "interrupted" else "cancelled")
+            elif verb in ("wait", "drop"):
+                self._waits_when_full = verb == "wait"
+                self._is_impatient = False
+            elif verb == "freed":
+                self._spool.recount()
+                self._is_impatient = False
+        if not self._link.is_connected:
+            self._waits_when_full = False
+        with suppress(BlockingIOError):
+            os.read(self._wakeup, 512)
+        if self.is_terminated and self._stop is None:
+            self._error = _SHUTDOWN
+            self._begin_stop("interrupted")
+
+    def _greet(self) -> None:
+        self._link.send(f"started {self._started_at!r}")
+        self._told_position = -1
+
+    def _read_pipes(self, now: float) -> None:
+        is_full = self._waits_when_full and self._spool.segments >= self._order.waiting_segments
+        if not is_full or self._is_impatient:
+            self._blocked_since = None
+        elif self._blocked_since is None:
+            self._blocked_since = now
+        elif now >= self._blocked_since + PATIENCE_SECONDS:
+            self._is_impatient, self._blocked_since = True, None
+        if self._blocked_since is not None:
+            return
+        for pipe in self._pipes:
+            content = pipe.read()
+            if content:
+                self._spool.add(pipe.stream, content)
+        self._pipes = [pipe for pipe in self._pipes if pipe.is_open]
+
+    def _reap(self, now: float) -> None:
+        if self._group is not None:
+            # The shell's exit status stays with the kernel, and so its pid cannot be another's while it is a root.
+            if self._exited_at is None and (info := os.waitid(
+                os.P_PID, self._root.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
+            )):  # fmt: skip
+                is_exit = info.si_code == os.CLD_EXITED
+                self._note_exit(info.si_status if is_exit else 128 + info.si_status, now)
+            return
+        while True:  # as child subreaper this process has its orphans to bury, too
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._root.pid:
+                code = os.waitstatus_to_exitcode(status)
+                self._note_exit(code if code >= 0 else 128 - code, now)
+
+    def _note_exit(self, exit_code: int, now: float) -> None:
+        self._exit_code, self._exited_at = exit_code, now
+
+    def _watch_time(self, now: float) -> None:
+        if now >= self._began + self._order.timeout_seconds and self._exited_at is None:
+            self._begin_stop("timed_out")
+
+    def _begin_stop(self, status: ResultStatus) -> None:
+        """The first reason counts, and none once the shell has ended by itself."""
+        if self._stop is not None or (self._exited_at is not None and status != "interrupted"):
+            return
+        within = None if self._group is not None else os.getpid()
+        family = Family([self._root], command_ids=[self._order.command_id], within=within)
+        self._stop_status = status
+        self._stop = Stop(family, self._group, now=time.monotonic(), grace_seconds=self._order.grace_seconds)
+
+    def _tell_output(self) -> None:
+        if self._spool.position != self._told_position and self._link.send(f"output {self._spool.position}"):
+            self._told_position = self._spool.position
+
+    def _drain(self, pipe: OutputPipe) -> None:
+        """Take what is in the pipe now: the shell has ended, and nobody waits for what others still write."""
+        size_bytes = 0
+        while pipe.is_open and size_bytes < 1024 * 1024 and (content := pipe.read()) is not None:
+            size_bytes += len(content)
+            if content:
+                self._spool.add(pipe.stream, content)
+        if rest := pipe.take_rest():
+            self._spool.add(pipe.stream, rest)
+
+    # ------------------------------------------------------------ the end
+
+    def _conclude(self) -> None:
+        if self._stop is None:
+            self._finish("succeeded" if self._exit_code == 0 else "failed", exit_code=self._exit_code)
+            return
+        if self._stop.survivors:
+            self._error = f"processes {self._stop.survivors} survived SIGKILL"
+        self._finish(self._stop_status, error=self._error)
+
+    def _finish(self, status: ResultStatus, *, exit_code: int | None = None, error: str | None = None) -> None:
+        duration_seconds = time.monotonic() - self._began
+        self._spool.close()
+        if self._spool.has_failed and error is None:
+            error = "the host's disk took no more of the output; some of it is missing"
+        result = Result(
+            status=status,
+            exit_code=exit_code,
+            error=error,
+            started_at=self._started_at,
+            duration_seconds=duration_seconds,
+            stdout_bytes=self._spool.written_bytes["stdout"],
+            stderr_bytes=self._spool.written_bytes["stderr"],
+            killed=self._stop.killed if self._stop is not None else [],
+            killed_count=self._stop.killed_count if self._stop is not None else 0,
+        )
+        while True:
+            try:
+                write_result(self._result, ".", result)
+            except OSError:  # a disk that fails may be back; nobody else knows how this ended
+                time.sleep(RETRY_SECONDS)
+            else:
+                break
+        self._link.send("done")
+
+
+def run() -> None:
+    """Run the command whose order is in the directory that is the last argument, and exit."""
+    sys.exit(_run(sys.argv[-1]))
+
+
+def _run(directory: str) -> int:
+    os.chdir(directory)
+    tell_ready = _become_daemon() if "NOTIFY_SOCKET" not in os.environ else _notify_manager
+    try:
+        order = read_order(".")
+        try:
+            result = allocate_result(".")
+        except OSError:
+            if not use_reserve(_STATE):
+                raise
+            with suppress(FileNotFoundError):
+                os.unlink(RESULT)  # noqa: PTH108
+            result = allocate_result(".")
+        link = AgentLink()
+        group = _find_group(order)
+    except OSError as err:
+        tell_ready(str(err))
+        return 1
+    wakeup = _route_signals()
+    protect_from_oom()
+    if group is None:
+        set_child_subreaper(is_on=True)
+    supervisor = Supervisor(order, link, group, result, wakeup)
+    signal.signal(signal.SIGTERM, supervisor.note_signal)
+    tell_ready("")
+    try:
+        if _await_go(link, supervisor) and claim("."):
+            supervisor.run()
+    finally:
+        link.close()
+        if group is not None:
+            _bury_shell()
+            group.remove()
+    return 0
+
+
+def _find_group(order: Order) -> ControlGroup | None:
+    if order.control_group == "none":
+        return None
+    return make_control_group("command" if order.control_group == "unit" else f"fleetwire-{order.command_id}")
+
+
+def _await_go(link: AgentLink, supervisor: Supervisor) -> bool:
+    """Wait for the agent to connect and say go. It leaves without that word when it has changed its mind."""
+    deadline = time.monotonic() + GO_SECONDS
+    has_met = False
+    while time.monotonic() < deadline and not supervisor.is_terminated:
+        readable, _, _ = select.select(link.descriptors, [], [], max(0.0, min(1.0, deadline - time.monotonic())))
+        if readable:
+            has_met = link.accept() or has_met
+            if "go" in link.receive():
+                return True
+            if has_met and not link.is_connected:
+                return False
+    return False
+
+
+def _bury_shell() -> None:
+    with suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+def _route_signals() -> int:
+    """Return a descriptor that can be read when a signal came."""
+    reading, writing = os.pipe()
+    for descriptor in (reading, writing):
+        os.set_blocking(descriptor, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, _ignore_signal)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return reading
+
+
+def _ignore_signal(number: int, frame: object) -> None:
+    """The loop is woken by the descriptor; a signal that is ignored outright would wake nobody."""
+
+
+def _become_daemon() -> Callable[[str], None]:
+    """Leave the caller's session; return the function that lets the caller go, with a problem or without."""
+    reading, writing = os.pipe()
+    if os.fork() > 0:
+        os.close(writing)
+        with os.fdopen(reading, "rb") as pipe:
+            problem = pipe.read()
+        if problem != b"\n":
+            sys.stderr.write(problem.decode("utf-8", "replace") or "the runner ended")
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    os.close(reading)
+    os.setsid()
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+
+    def tell_ready(problem: str) -> None:
+        os.write(writing, (problem or "\n").encode())
+        os.close(writing)
+
+    return tell_ready
+
+
+def _notify_manager(problem: str) -> None:
+    """Tell systemd that this unit is up (sd_notify(3)), or why not."""
+    if problem:
+        sys.stderr.write(f"{problem}\n")
+        return
+    address = os.environ["NOTIFY_SOCKET"]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)

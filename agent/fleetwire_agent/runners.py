@@ -1,0 +1,174 @@
+"""Runners as the agent sees them: launched, found again, spoken to, and what to do where one is gone."""
+
+import asyncio
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, Literal
+
+from fleetwire_agent.process_table import Family, signal_all
+from fleetwire_agent.processes import Spawner, read_output
+from fleetwire_agent.runner import files
+
+LAUNCH_SECONDS: Final = 30.0
+"""A service manager that takes longer does not work."""
+
+STOP_SECONDS: Final = 10.0
+"""How long an uninstallation waits for commands to be stopped."""
+
+COMMANDS: Final = "commands"
+"""Of the state directory: one directory for each command."""
+
+MAX_TASKS: Final = 4096
+"""Processes and threads of one command in its unit: what a fork bomb can become."""
+
+_PROGRAM: Final = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from fleetwire_agent.runner.supervisor import run; run()"
+)
+_ROOT: Final = str(Path(__file__).parent.parent)
+"""Where `fleetwire_agent` lies: a directory, or the bundle where the agent runs without being installed."""
+
+_SYSTEMD: Final = Path("/run/systemd/system")
+_MAX_WORD_BYTES: Final = 200
+_KILL_ROUNDS: Final = 20
+_KILL_DELAY_SECONDS: Final = 0.05
+
+_log = logging.getLogger(__name__)
+
+
+class Launcher:
+    """Starts runners: as transient units where systemd runs and this agent may, else as processes of their own."""
+
+    def __init__(self, spawner: Spawner, *, has_units: bool) -> None:
+        self._spawner = spawner
+        self.has_units = has_units
+
+    @property
+    def control_group(self) -> Literal["unit", "own"]:
+        return "unit" if self.has_units else "own"
+
+    async def launch(self, directory: Path, command_id: str) -> None:
+        """Start the runner of the order in the directory; return when it listens.
+
+        Raises:
+            UnavailableError: it could not be started; the message says why. It may start all the same, later."""
+        runner = [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, str(directory)]
+        argv = [*build_unit_command(directory.name, command_id), *runner] if self.has_units else runner
+        await read_output(self._spawner, argv, timeout_seconds=LAUNCH_SECONDS, max_bytes=65536)
+
+
+def find_launcher(spawner: Spawner) -> Launcher:
+    has_units = _SYSTEMD.is_dir() and os.geteuid() == 0 and shutil.which("systemd-run") is not None
+    return Launcher(spawner, has_units=has_units)
+
+
+def build_unit_command(name: str, command_id: str) -> list[str]:
+    """Return the start of a command line that runs the rest of it as a transient unit. Pure."""
+    properties = (
+        "Delegate=yes",  # the runner makes a group for the command below its own
+        "KillMode=process",  # the runner stops the command itself, and what that left in the background lives on
+        "TimeoutStopSec=15",
+        "NotifyAccess=main",
+        "OOMPolicy=continue",
+        f"TasksMax={MAX_TASKS}",
+    )
+    return [
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        "--no-ask-password",
+        f"--unit=fleetwire-{name.replace('_', '-')}.service",
+        f"--description=Fleetwire command {command_id}",
+        "--service-type=notify",
+        *(f"--property={each}" for each in properties),
+        "--",
+    ]
+
+
+class RunnerLink:
+    """A connection to one runner. What it says only hurries the agent: the directory holds the truth."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self._peer = peer
+
+    async def receive(self) -> str | None:
+        """Return the next word, None when the runner has ended."""
+        try:
+            word = await asyncio.get_running_loop().sock_recv(self._peer, _MAX_WORD_BYTES)
+        except OSError:
+            return None
+        return word.decode("ascii", "replace") or None
+
+    def send(self, word: str) -> None:
+        """A runner that has ended hears nothing any more."""
+        try:
+            self._peer.send(word.encode("ascii"), socket.MSG_NOSIGNAL)
+        except OSError as err:
+            _log.debug("a runner does not listen: %s", err)
+
+    def wait_for_end(self, deadline: float) -> None:
+        """Wait until the runner has ended, or the monotonic clock shows that time. Blocking."""
+        while (seconds := deadline - time.monotonic()) > 0:
+            readable, _, _ = select.select([self._peer], [], [], seconds)
+            try:
+                if readable and not self._peer.recv(_MAX_WORD_BYTES):
+                    return
+            except OSError:
+                return
+
+    def close(self) -> None:
+        self._peer.close()
+
+
+def connect(directory: Path) -> RunnerLink | None:
+    """Return a link to the runner of the directory, None when none listens there."""
+    try:
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    peer.setblocking(False)
+    try:
+        # The path of a socket holds 107 bytes: too few for some state directories.
+        peer.connect(f"/proc/self/fd/{place}/{files.SOCKET}")
+    except OSError:
+        peer.close()
+        return None
+    finally:
+        os.close(place)
+    return RunnerLink(peer)
+
+
+def stop_commands(directory: Path) -> int:
+    """Have all runners below the directory end their commands, as the agent is removed; return how many. Blocking.
+
+    Each leaves its result: an agent that is installed later with the same state tells of it."""
+    if not directory.is_dir():
+        return 0
+    links = [link for path in directory.iterdir() if path.is_dir() and (link := connect(path)) is not None]
+    deadline = time.monotonic() + STOP_SECONDS
+    for link in links:
+        link.send("stop interrupted")
+    for link in links:
+        link.wait_for_end(deadline)
+        link.close()
+    return len(links)
+
+
+async def kill_leftovers(command_ids: Sequence[str]) -> None:
+    """Kill all that carries a command's id in its environment: of commands whose runner is gone."""
+    family = Family((), command_ids=command_ids)
+    for _ in range(_KILL_ROUNDS):
+        members = await asyncio.to_thread(family.read_members)
+        if not members:
+            return
+        signal_all(members, signal.SIGKILL)
+        await asyncio.sleep(_KILL_DELAY_SECONDS)
+    _log.error("processes of %s survive SIGKILL", ", ".join(command_ids))

@@ -1,0 +1,350 @@
+"""What the agent holds of its commands, through restarts, reboots and a quota."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from tests.agent.command_rig import make_offer
+
+from fleetwire_agent.command_states import Event, State
+from fleetwire_agent.ledger import SPOOL_BYTES, Entry, Ledger
+from fleetwire_agent.runner.spool import SEGMENT_BYTES, SpoolWriter, list_segments
+from fleetwire_shared.errors import ConflictError
+from fleetwire_shared.messages import (
+    CommandAccepted,
+    CommandFinished,
+    CommandOutput,
+    CommandRejected,
+    CommandStarted,
+    LedgerEntry,
+)
+
+
+@dataclass
+class Clocks:
+    now: float = 1_000_000.0
+    boottime: float = 500.0
+
+
+def make_ending(command_id: str = "cmd_1", *, ended_at: float = 2.0) -> CommandFinished:
+    return CommandFinished(
+        command_id=command_id,
+        status="succeeded",
+        exit_code=0,
+        stdout_bytes=0,
+        stderr_bytes=0,
+        started_at=1.0,
+        duration_seconds=ended_at - 1.0,
+    )
+
+
+@dataclass
+class Opened:
+    ledger: Ledger
+    found: list[Entry] = field(default_factory=list)
+
+    async def add(self, command_id: str = "cmd_1", *, remaining_seconds: float = 60.0) -> Entry:
+        entry, saved = self.ledger.add(make_offer("true", command_id=command_id, remaining_seconds=remaining_seconds))
+        await saved
+        return entry
+
+    async def add_started(self, command_id: str = "cmd_1", *, started_at: float | None = 7.0) -> Entry:
+        entry = await self.add(command_id)
+        await self.ledger.record_starting(entry)
+        if started_at is not None:
+            self.ledger.record_running(entry, started_at)
+        return entry
+
+    def get(self, command_id: str) -> Entry:
+        entry = self.ledger.get(command_id)
+        assert entry is not None
+        return entry
+
+    async def wait_for_message(
+        self,
+    ) -> CommandAccepted | CommandStarted | CommandOutput | CommandFinished | CommandRejected:
+        async with asyncio.timeout(5):
+            while not (messages := self.ledger.next_messages()):
+                self.ledger.news.clear()
+                await self.ledger.news.wait()
+        [message] = messages
+        return message
+
+
+@asynccontextmanager
+async def open_ledger(
+    directory: Path,
+    *,
+    boot_id: str = "boot",
+    new_instance_id: str = "first",
+    spool_bytes: int = SPOOL_BYTES,
+    clocks: Clocks | None = None,
+) -> AsyncIterator[Opened]:
+    clocks = clocks or Clocks()
+    ledger = Ledger(
+        directory,
+        boot_id=boot_id,
+        new_instance_id=new_instance_id,
+        spool_bytes=spool_bytes,
+        now=lambda: clocks.now,
+        boottime=lambda: clocks.boottime,
+    )
+    found = ledger.open()
+    ledger.begin()
+    try:
+        yield Opened(ledger, found)
+    finally:
+        ledger.close()
+
+
+async def test_a_command_is_told_of_when_it_is_on_disk_and_not_before(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        _, saved = opened.ledger.add(make_offer("true"))
+        assert opened.ledger.next_messages() == []
+        assert opened.ledger.list_entries() == ()
+        await saved
+        assert opened.ledger.next_messages() == [CommandAccepted(command_id="cmd_1")]
+        assert opened.ledger.next_messages() == []
+
+
+async def test_an_ending_is_told_when_it_is_on_disk(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        entry = await opened.add_started()
+        assert isinstance(await opened.wait_for_message(), CommandAccepted)
+        assert isinstance(await opened.wait_for_message(), CommandStarted)
+        opened.ledger.finish(entry, make_ending())
+        assert opened.ledger.next_messages() == []
+        assert await opened.wait_for_message() == make_ending()
+        assert not opened.ledger.is_reported.is_set()
+        opened.ledger.note_stored("cmd_1")
+        assert opened.ledger.is_reported.is_set()
+
+
+async def test_a_ledger_that_is_opened_again_knows_its_commands(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        await opened.add("cmd_accepted")
+        await opened.add_started("cmd_starting", started_at=None)
+        await opened.add_started("cmd_running")
+        opened.ledger.finish(await opened.add_started("cmd_finished"), make_ending("cmd_finished"))
+        opened.ledger.finish(await opened.add_started("cmd_ended"), make_ending("cmd_ended"))
+        opened.ledger.note_stored("cmd_ended")
+        opened.ledger.remember(CommandRejected(command_id="cmd_never", reason="cancelled", message="cancelled"))
+        again = await opened.add_started("cmd_again", started_at=None)
+        opened.ledger.record_never_ran(again)
+        await opened.add("cmd_last")
+    for _ in range(2):
+        async with open_ledger(tmp_path, new_instance_id="second") as opened:
+            ledger = opened.ledger
+            assert ledger.instance_id == "first"
+            assert {entry.command_id: entry.state for entry in opened.found} == {
+                "cmd_accepted": State.ACCEPTED,
+                "cmd_starting": State.STARTING,
+                "cmd_running": State.RUNNING,
+                "cmd_again": State.ACCEPTED,
+                "cmd_last": State.ACCEPTED,
+            }
+            assert ledger.state_of("cmd_finished") is State.FINISHED
+            assert ledger.state_of("cmd_ended") is ledger.state_of("cmd_never") is State.ENDED
+            assert ledger.state_of("cmd_other") is State.UNKNOWN
+            running = opened.get("cmd_running")
+            assert (running.started_at, running.boot_id, running.offer.timeout_seconds) == (7.0, "boot", 30.0)
+            assert opened.get("cmd_again").attempt == 2
+            assert (
+                LedgerEntry(command_id="cmd_finished", state="finished", command="true", timeout_seconds=30.0)
+                in ledger.list_entries()
+            )
+            assert not ledger.is_reported.is_set()
+            ledger.answer_again("cmd_ended")
+            assert make_ending("cmd_ended") in ledger.next_messages()
+
+
+async def test_a_ledger_that_was_compacted_knows_the_same(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        await opened.add_started("cmd_running")
+        again = await opened.add_started("cmd_again", started_at=None)
+        opened.ledger.record_never_ran(again)
+        opened.ledger.finish(await opened.add_started("cmd_finished"), make_ending("cmd_finished"))
+        big = "x" * 60_000
+        for number in range(90):  # more than one file holds
+            entry, saved = opened.ledger.add(make_offer(f": {big}", command_id=f"cmd_{number}"))
+            await saved
+            opened.ledger.finish(
+                entry, CommandRejected(command_id=entry.command_id, reason="cancelled", message="m"), Event.CANCELLED
+            )
+            opened.ledger.note_stored(entry.command_id)
+    async with open_ledger(tmp_path, new_instance_id="second") as opened:
+        assert opened.ledger.instance_id == "first"
+        assert {entry.command_id: (entry.state, entry.attempt) for entry in opened.found} == {
+            "cmd_running": (State.RUNNING, 1),
+            "cmd_again": (State.ACCEPTED, 2),
+        }
+        assert opened.ledger.state_of("cmd_finished") is State.FINISHED
+        assert all(opened.ledger.state_of(f"cmd_{number}") is State.ENDED for number in range(90))
+
+
+async def test_a_damaged_ledger_is_another_instance_and_keeps_what_it_can(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        for number in range(3):
+            await opened.add(f"cmd_{number}")
+    path = tmp_path / "ledger.0"
+    path.write_bytes(path.read_bytes().replace(b"cmd_1", b"cmd_?"))
+    async with open_ledger(tmp_path, new_instance_id="second") as opened:
+        assert opened.ledger.instance_id == "second"
+        assert [entry.command_id for entry in opened.found] == ["cmd_0", "cmd_2"]
+    async with open_ledger(tmp_path, new_instance_id="third") as opened:
+        assert opened.ledger.instance_id == "second"
+
+
+async def test_two_agents_do_not_share_a_directory(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path):
+        with pytest.raises(ConflictError, match="--state-dir"):
+            Ledger(tmp_path, boot_id="boot", new_instance_id="second").open()
+
+
+Change = Callable[[Clocks], None]
+
+
+def wait_59_seconds(clocks: Clocks) -> None:
+    clocks.now += 59
+    clocks.boottime += 59
+
+
+def wait_a_minute(clocks: Clocks) -> None:
+    clocks.now += 60
+    clocks.boottime += 60
+
+
+def set_clock_ahead(clocks: Clocks) -> None:
+    clocks.now += 86400
+
+
+def set_clock_back(clocks: Clocks) -> None:
+    clocks.now -= 86400
+    clocks.boottime += 60
+
+
+@pytest.mark.parametrize(
+    ("change", "is_expired"),
+    [(wait_59_seconds, False), (wait_a_minute, True), (set_clock_ahead, False), (set_clock_back, True)],
+)
+async def test_within_one_boot_a_command_expires_by_the_time_since_the_boot(
+    tmp_path: Path, change: Change, is_expired: bool
+) -> None:
+    clocks = Clocks()
+    async with open_ledger(tmp_path, clocks=clocks) as opened:
+        await opened.add(remaining_seconds=60.0)
+    change(clocks)
+    async with open_ledger(tmp_path, clocks=clocks) as opened:
+        assert opened.ledger.is_expired(opened.found[0]) is is_expired
+
+
+@pytest.mark.parametrize(("passed_seconds", "is_expired"), [(59, False), (60, True)])
+async def test_after_another_boot_a_command_expires_by_the_clock(
+    tmp_path: Path, passed_seconds: float, is_expired: bool
+) -> None:
+    async with open_ledger(tmp_path) as opened:
+        await opened.add(remaining_seconds=60.0)
+    clocks = Clocks(now=Clocks().now + passed_seconds, boottime=10_000.0 - 9_990.0 * (not is_expired))
+    async with open_ledger(tmp_path, boot_id="another", clocks=clocks) as opened:
+        assert opened.ledger.is_expired(opened.found[0]) is is_expired
+
+
+async def test_what_never_ran_after_another_boot_expires_by_the_clock_still(tmp_path: Path) -> None:
+    """The runner of a command that was accepted before the boot did not come up: nothing is known of its boottime."""
+    async with open_ledger(tmp_path, clocks=Clocks(boottime=1e6)) as opened:
+        await opened.add(remaining_seconds=60.0)
+    clocks = Clocks(boottime=5.0)
+    async with open_ledger(tmp_path, boot_id="another", clocks=clocks) as opened:
+        entry = opened.found[0]
+        await opened.ledger.record_starting(entry)
+        opened.ledger.record_never_ran(entry)
+        assert not opened.ledger.is_expired(entry)
+        clocks.now += 60
+        clocks.boottime += 60
+        assert opened.ledger.is_expired(entry)
+    async with open_ledger(tmp_path, boot_id="another", clocks=clocks) as opened:
+        assert opened.ledger.is_expired(opened.found[0])
+
+
+async def write_spool(opened: Opened, entry: Entry, *, segments: int) -> Path:
+    directory = opened.ledger.directory_of(entry)
+    directory.mkdir()
+    writer = SpoolWriter(str(directory), head_segments=16, make_room=lambda: False)
+    for _ in range(segments * (SEGMENT_BYTES // 65536)):
+        writer.add("stdout", bytes(65536 - 64))
+    writer.close()
+    entry.open_output(directory)
+    entry.spool_bytes = segments * SEGMENT_BYTES
+    return directory
+
+
+async def test_the_quota_drops_what_ended_first_before_what_runs(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path, spool_bytes=6 * SEGMENT_BYTES) as opened:
+        directories = {}
+        for command_id in ("cmd_running", "cmd_old", "cmd_new"):
+            entry = await opened.add_started(command_id)
+            directories[command_id] = await write_spool(opened, entry, segments=2)
+        for command_id in ("cmd_old", "cmd_new"):
+            opened.ledger.finish(opened.get(command_id), make_ending(command_id))
+        running = opened.get("cmd_running")
+        opened.ledger.note_output(running)
+        assert count(directories) == {"cmd_running": 2, "cmd_old": 2, "cmd_new": 2}
+        late = await opened.add_started("cmd_late")
+        directories["cmd_late"] = await write_spool(opened, late, segments=1)
+        opened.ledger.note_output(late)
+        assert count(directories) == {"cmd_running": 2, "cmd_old": 0, "cmd_new": 2, "cmd_late": 1}
+
+
+async def test_the_quota_leaves_what_runs_its_newest_segment(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path, spool_bytes=SEGMENT_BYTES) as opened:
+        entry = await opened.add_started()
+        directory = await write_spool(opened, entry, segments=5)
+        starts = list_segments(str(directory))
+        opened.ledger.note_output(entry)
+        assert list_segments(str(directory)) == starts[-1:]
+
+
+async def test_the_quota_takes_the_oldest_ending_although_its_command_was_accepted_later(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path, spool_bytes=2 * SEGMENT_BYTES) as opened:
+        directories = {}
+        for command_id in ("cmd_1", "cmd_2", "cmd_3"):
+            entry = await opened.add_started(command_id)
+            directories[command_id] = await write_spool(opened, entry, segments=1)
+        opened.ledger.finish(opened.get("cmd_2"), make_ending("cmd_2", ended_at=10.0))
+        opened.ledger.finish(opened.get("cmd_1"), make_ending("cmd_1", ended_at=20.0))
+        running = opened.get("cmd_3")
+        opened.ledger.note_output(running)
+        assert count(directories) == {"cmd_1": 1, "cmd_2": 0, "cmd_3": 1}
+
+
+def count(directories: dict[str, Path]) -> dict[str, int]:
+    return {command_id: len(list_segments(str(directory))) for command_id, directory in directories.items()}
+
+
+async def test_directories_of_no_command_are_removed(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        entry = await opened.add_started()
+        directory = await write_spool(opened, entry, segments=1)
+        (tmp_path / "commands" / "cmd_gone.1").mkdir()
+    async with open_ledger(tmp_path):
+        assert list((tmp_path / "commands").iterdir()) == [directory]
+
+
+async def test_output_is_told_again_from_what_the_server_has(tmp_path: Path) -> None:
+    async with open_ledger(tmp_path) as opened:
+        entry = await opened.add_started()
+        directory = opened.ledger.directory_of(entry)
+        directory.mkdir()
+        writer = SpoolWriter(str(directory), head_segments=16, make_room=lambda: False)
+        writer.add("stdout", b"abc")
+        writer.add("stderr", b"defg")
+        writer.close()
+    async with open_ledger(tmp_path) as opened:
+        entry = opened.found[0]
+        opened.ledger.send_again(entry, position=4)
+        assert isinstance(await opened.wait_for_message(), CommandStarted)
+        output = await opened.wait_for_message()
+        assert output == CommandOutput(command_id="cmd_1", stream="stderr", position=4, offset=1, base64="ZWZn")

@@ -1,0 +1,501 @@
+"""Real runners and real commands: what is left of them by an agent that was killed, and what the next one finds."""
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from tests.agent.command_rig import Rig, make_offer, open_rig
+
+from fleetwire_agent.command_states import State
+from fleetwire_agent.ledger import Ledger
+from fleetwire_agent.process_table import descendants_of, read_process, read_processes
+from fleetwire_agent.processes import Spawner
+from fleetwire_agent.runner import files
+from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
+from fleetwire_agent.runners import Launcher, connect
+from fleetwire_shared.messages import CommandCancel
+
+
+def find_runner(rig: Rig, command_id: str = "cmd_1") -> int:
+    """Return the pid of the command's runner, as it wrote it down."""
+    directory = rig.entry(command_id).directory
+    assert directory
+    return int((directory / files.CLAIM).read_text())
+
+
+async def wait_until_gone(pid: int) -> None:
+    async with asyncio.timeout(10):
+        while read_process(pid) is not None:
+            await asyncio.sleep(0.02)  # of a process that is no child of this one
+
+
+# ---------------------------------------------------------------- the next agent
+
+
+async def test_the_next_agent_finds_a_command_that_runs_with_all_its_output(tmp_path: Path) -> None:
+    state, gate = tmp_path / "state", tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(state, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo $$; echo before >&2; cat {gate}; echo $$; exit 5"))
+        pid = await rig.first_line()
+        await rig.wait_until(lambda: bool(rig.output("stderr")))
+        runner = find_runner(rig)
+        started = rig.started()
+    assert read_process(pid)
+    assert read_process(runner)
+    async with open_rig(state, instance_id="second") as rig:
+        assert rig.ledger.instance_id == "instance"
+        assert [(entry.command_id, entry.state) for entry in rig.ledger.list_entries()] == [("cmd_1", "running")]
+        assert await rig.first_line() == pid
+        assert find_runner(rig) == runner
+        assert rig.started() == started
+        await asyncio.to_thread(gate.write_text, "through\n")
+        result = await rig.result_of()
+        assert (result.status, result.exit_code) == ("failed", 5)
+        assert rig.output("stdout") == b"%d\nthrough\n%d\n" % (pid, pid)
+        assert rig.output("stderr") == b"before\n"
+        assert result.stdout_bytes == len(rig.output("stdout"))
+    await wait_until_gone(runner)
+
+
+async def test_the_next_agent_tells_of_a_command_that_ended_meanwhile(tmp_path: Path) -> None:
+    state, gate = tmp_path / "state", tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(state, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo $$; cat {gate}; echo end"))
+        pid = await rig.first_line()
+        runner = find_runner(rig)
+    await asyncio.to_thread(gate.write_text, "")
+    await wait_until_gone(runner)
+    async with open_rig(state) as rig:
+        result = await rig.result_of()
+        assert (result.status, result.exit_code) == ("succeeded", 0)
+        assert rig.output("stdout") == b"%d\nend\n" % pid
+
+
+async def test_the_next_agent_can_cancel_a_command(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, is_killed=True) as rig:
+        rig.commands.offer(make_offer("echo $$; sleep 600"))
+        pid = await rig.first_line()
+    async with open_rig(tmp_path) as rig:
+        rig.commands.cancel(CommandCancel(command_id="cmd_1"))
+        assert (await rig.result_of()).status == "cancelled"
+        assert read_process(pid) is None
+
+
+async def test_a_time_limit_holds_without_an_agent(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, is_killed=True) as rig:
+        rig.commands.offer(make_offer("echo $$; sleep 600", timeout_seconds=1.0))
+        pid = await rig.first_line()
+        runner = find_runner(rig)
+    await wait_until_gone(runner)
+    assert read_process(pid) is None
+    async with open_rig(tmp_path) as rig:
+        assert (await rig.result_of()).status == "timed_out"
+
+
+async def test_what_waited_when_the_agent_was_killed_runs_once_in_order(tmp_path: Path) -> None:
+    state, gate = tmp_path / "state", tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(state, max_at_once=1, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo $$; cat {gate}", command_id="cmd_1"))
+        for number in (2, 3):
+            rig.commands.offer(make_offer(f"echo {number} >> {tmp_path}/order", command_id=f"cmd_{number}"))
+        await rig.first_line()
+        await rig.wait_until(lambda: len(rig.ledger.list_entries()) == 3)
+    async with open_rig(state, max_at_once=1) as rig:
+        await asyncio.to_thread(gate.write_text, "")
+        for number in (1, 2, 3):
+            assert (await rig.result_of(f"cmd_{number}")).status == "succeeded"
+    assert (tmp_path / "order").read_text() == "2\n3\n"
+
+
+# ---------------------------------------------------------------- what is lost
+
+
+async def test_a_killed_runner_is_an_interrupted_command_and_leaves_nothing_running(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(make_offer("echo $$; setsid sh -c 'echo $$; exec sleep 600' & trap '' TERM; wait"))
+        await rig.wait_until(lambda: rig.output("stdout").count(b"\n") == 2)
+        pids = [int(line) for line in rig.output("stdout").split()]
+        os.kill(find_runner(rig), signal.SIGKILL)
+        result = await rig.result_of()
+        assert (result.status, result.exit_code) == ("interrupted", None)
+        assert result.error
+        assert "watched over the command was killed" in result.error
+        assert result.stdout_bytes == len(rig.output("stdout"))
+        assert [pid for pid in pids if read_process(pid)] == []
+
+
+async def test_a_runner_killed_while_no_agent_ran_is_an_interrupted_command(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, is_killed=True) as rig:
+        rig.commands.offer(make_offer("echo $$; setsid sh -c 'echo $$; exec sleep 600' & wait"))
+        await rig.wait_until(lambda: rig.output("stdout").count(b"\n") == 2)
+        pids = [int(line) for line in rig.output("stdout").split()]
+        runner = find_runner(rig)
+    os.kill(runner, signal.SIGKILL)
+    await wait_until_gone(runner)
+    async with open_rig(tmp_path) as rig:
+        assert (await rig.result_of()).status == "interrupted"
+        assert [pid for pid in pids if read_process(pid)] == []
+
+
+async def test_a_runner_that_is_terminated_stops_its_command_and_says_so(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(make_offer("echo $$; sleep 600"))
+        pid = await rig.first_line()
+        os.kill(find_runner(rig), signal.SIGTERM)
+        result = await rig.result_of()
+        assert result.status == "interrupted"
+        assert result.error == "stopped by the service manager, as when the host shuts down"
+        assert read_process(pid) is None
+
+
+async def test_a_command_of_another_boot_is_interrupted_and_not_run_again(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with open_rig(state, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs; echo $$; sleep 600"))
+        await rig.first_line()
+        runner = find_runner(rig)
+        os.kill(-os.getsid(int(rig.output("stdout"))), signal.SIGKILL)  # a reboot ends everything
+        os.kill(runner, signal.SIGKILL)
+    await wait_until_gone(runner)
+    async with open_rig(state, boot_id="another boot") as rig:
+        result = await rig.result_of()
+        assert result.status == "interrupted"
+        assert result.error == "the host restarted while the command ran: it may have run in part"
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_a_result_that_was_left_before_a_reboot_is_told(tmp_path: Path) -> None:
+    state, gate = tmp_path / "state", tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(state, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo $$; cat {gate}; exit 3"))
+        await rig.first_line()
+        runner = find_runner(rig)
+    await asyncio.to_thread(gate.write_text, "")
+    await wait_until_gone(runner)
+    async with open_rig(state, boot_id="another boot") as rig:
+        result = await rig.result_of()
+        assert (result.status, result.exit_code) == ("failed", 3)
+
+
+# ---------------------------------------------------------------- about to start
+
+
+async def leave_starting(directory: Path, command: str) -> None:
+    """Leave a ledger as an agent does that is killed after it wrote `starting` and before it said go."""
+    ledger = Ledger(directory, boot_id="boot", new_instance_id="instance")
+    ledger.open()
+    ledger.begin()
+    entry, saved = ledger.add(make_offer(command))
+    await saved
+    await ledger.record_starting(entry)
+    ledger.close()
+
+
+async def test_what_was_about_to_start_and_never_did_is_started_exactly_once(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    await leave_starting(state, f"echo ran >> {tmp_path}/runs")
+    for _ in range(2):
+        async with open_rig(state) as rig:
+            assert (await rig.result_of()).status == "succeeded"
+            assert rig.entry().attempt == 2
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_what_an_agent_has_claimed_is_never_started_by_its_runner(tmp_path: Path) -> None:
+    order = make_order(f"touch {tmp_path}/ran")
+    directory = tmp_path / "command"
+    await asyncio.to_thread(files.write_order, str(directory), order)
+    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
+        await make_launcher(spawner).launch(directory, order.command_id)
+        link = connect(directory)
+        assert link
+        assert files.claim(str(directory))
+        link.send("go")
+        async with asyncio.timeout(5):
+            assert await link.receive() is None
+        link.close()
+    assert not (tmp_path / "ran").exists()
+    assert files.read_result(str(directory)) is None
+
+
+async def test_a_runner_whose_agent_leaves_without_a_word_never_starts(tmp_path: Path) -> None:
+    order = make_order(f"touch {tmp_path}/ran")
+    directory = tmp_path / "command"
+    await asyncio.to_thread(files.write_order, str(directory), order)
+    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
+        await make_launcher(spawner).launch(directory, order.command_id)
+        link = connect(directory)
+        assert link
+        link.close()
+        async with asyncio.timeout(5):
+            while (later := connect(directory)) is not None:
+                later.close()
+                await asyncio.sleep(0.02)
+    assert files.claim(str(directory))
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_a_claim_without_a_runner_is_an_interrupted_command(tmp_path: Path) -> None:
+    """The runner had said that it would start, and was gone before it said more."""
+    state = tmp_path / "state"
+    await leave_starting(state, f"touch {tmp_path}/ran")
+    directory = state / "commands" / "cmd_1.1"
+    files.write_order(str(directory), make_order("true"))
+    assert files.claim(str(directory))
+    async with open_rig(state) as rig:
+        assert (await rig.result_of()).status == "interrupted"
+        assert rig.ledger.state_of("cmd_1") is State.FINISHED
+    assert not (tmp_path / "ran").exists()
+
+
+def make_order(command: str) -> files.Order:
+    return files.Order(
+        command_id="cmd_1",
+        argv=["/bin/sh", "-c", command],
+        environment={"PATH": os.environ["PATH"]},
+        timeout_seconds=10.0,
+        grace_seconds=0.5,
+        control_group="none",
+        head_segments=16,
+        waiting_segments=8,
+    )
+
+
+def make_launcher(spawner: Spawner) -> Launcher:
+    return Launcher(spawner, has_units=False)
+
+
+# ---------------------------------------------------------------- what is killed
+
+
+async def test_what_left_the_session_is_killed_and_listed(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(
+            make_offer(
+                "env -i setsid /bin/sh -c 'echo $$; trap \"\" TERM; while :; do sleep 600; done' &"
+                " (setsid sh -c 'echo $$; exec sleep 601' &); wait"
+            )
+        )
+        await rig.wait_until(lambda: rig.output("stdout").count(b"\n") == 2)
+        runner = find_runner(rig)
+        pids = {int(line) for line in rig.output("stdout").split()}
+        family = pids | {row.pid for row in descendants_of(read_processes(), runner)}
+        rig.commands.cancel(CommandCancel(command_id="cmd_1"))
+        result = await rig.result_of()
+        assert result.status == "cancelled"
+        assert [pid for pid in family if read_process(pid)] == []
+        killed = {each.pid: each for each in result.killed}
+        assert family <= set(killed)
+        assert result.killed_count == len(killed)
+        assert [each.signal for each in result.killed if each.command == "sleep 601"] == ["TERM"]
+        assert [each.signal for each in result.killed if "trap" in each.command and each.pid in pids] == ["KILL"]
+
+
+async def test_a_command_that_ends_by_itself_lists_no_killed(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        result = await rig.run("true")
+        assert (result.killed, result.killed_count) == ((), 0)
+
+
+# ---------------------------------------------------------------- the result's file
+
+
+def make_result(*, killed: int = 0) -> files.Result:
+    listed = [files.Killed(pid, "x" * 200, "KILL") for pid in range(killed)]
+    return files.Result("cancelled", None, None, 1.0, 2.0, 3, 4, listed, killed)
+
+
+def test_a_result_is_read_back(tmp_path: Path) -> None:
+    directory = tmp_path / "command"
+    directory.mkdir()
+    assert files.read_result(str(directory)) is None
+    descriptor = files.allocate_result(str(directory))
+    assert files.read_result(str(directory)) is None
+    files.write_result(descriptor, str(directory), make_result(killed=3))
+    os.close(descriptor)
+    assert files.read_result(str(directory)) == make_result(killed=3)
+
+
+def test_a_result_torn_at_any_byte_is_none(tmp_path: Path) -> None:
+    directory = tmp_path / "command"
+    directory.mkdir()
+    descriptor = files.allocate_result(str(directory))
+    files.write_result(descriptor, str(directory), make_result())
+    os.close(descriptor)
+    path = directory / files.RESULT
+    whole = path.read_bytes()
+    for cut in range(len(whole.rstrip(b"\0"))):
+        path.write_bytes(whole[:cut] + bytes(len(whole) - cut))
+        assert files.read_result(str(directory)) is None, cut
+
+
+def test_a_result_that_is_too_large_lists_fewer_of_the_killed(tmp_path: Path) -> None:
+    descriptor = files.allocate_result(str(tmp_path))
+    files.write_result(descriptor, str(tmp_path), make_result(killed=1000))
+    os.close(descriptor)
+    result = files.read_result(str(tmp_path))
+    assert result
+    assert (len(result.killed), result.killed_count) == (250, 1000)
+
+
+def test_only_the_first_claims(tmp_path: Path) -> None:
+    assert files.claim(str(tmp_path))
+    assert not files.claim(str(tmp_path))
+
+
+def test_an_order_is_read_back(tmp_path: Path) -> None:
+    order = make_order("echo 'é\0'")
+    files.write_order(str(tmp_path / "command"), order)
+    assert files.read_order(str(tmp_path / "command")) == order
+    assert (tmp_path / "command").stat().st_mode & 0o777 == 0o700
+    assert json.loads((tmp_path / "command" / files.ORDER).read_text())["command_id"] == "cmd_1"
+
+
+# ---------------------------------------------------------------- the spool
+
+
+def make_writer(directory: Path, *, head_segments: int = 16) -> SpoolWriter:
+    return SpoolWriter(str(directory), head_segments=head_segments, make_room=lambda: False)
+
+
+def read_all(reader: SpoolReader) -> Iterator[Piece]:
+    while piece := reader.read():
+        yield piece
+
+
+def fill(writer: SpoolWriter, *, segments: int) -> None:
+    """Each segment takes fifteen such pieces."""
+    for number in range(15 * segments):
+        writer.add("stdout", bytes([number % 256]) * MAX_PIECE_BYTES)
+
+
+def test_pieces_are_read_in_order_while_they_are_written(tmp_path: Path) -> None:
+    writer, reader = make_writer(tmp_path), SpoolReader(str(tmp_path))
+    assert reader.read() is None
+    writer.add("stdout", b"abc")
+    assert reader.read() == ("stdout", 0, 0, b"abc")
+    assert reader.read() is None
+    writer.add("stderr", b"de")
+    writer.add("stdout", b"f")
+    assert list(read_all(reader)) == [("stderr", 3, 0, b"de"), ("stdout", 5, 3, b"f")]
+    writer.close()
+    assert reader.read() is None
+    reader.close()
+
+
+def test_a_reader_follows_from_segment_to_segment(tmp_path: Path) -> None:
+    writer, reader = make_writer(tmp_path), SpoolReader(str(tmp_path))
+    read: list[int] = []
+    for number in range(40):
+        writer.add("stdout", bytes([number]) * MAX_PIECE_BYTES)
+        if number % 7 == 0:
+            read += [content[0] for _, _, _, content in read_all(reader)]
+    read += [content[0] for _, _, _, content in read_all(reader)]
+    writer.close()
+    reader.close()
+    assert read == list(range(40))
+    assert len(list_segments(str(tmp_path))) == 3
+
+
+def test_a_reader_may_begin_within_a_piece(tmp_path: Path) -> None:
+    writer, reader = make_writer(tmp_path), SpoolReader(str(tmp_path))
+    writer.add("stdout", b"abc")
+    writer.add("stderr", b"defg")
+    writer.close()
+    reader.seek(4)
+    assert list(read_all(reader)) == [("stderr", 4, 1, b"efg")]
+    reader.seek(0)
+    assert [position for _, position, _, _ in read_all(reader)] == [0, 3]
+    reader.close()
+
+
+def test_what_is_not_kept_is_a_gap_and_the_offsets_are_exact(tmp_path: Path) -> None:
+    writer, reader = make_writer(tmp_path, head_segments=2), SpoolReader(str(tmp_path))
+    fill(writer, segments=10)
+    writer.add("stderr", b"end")
+    writer.close()
+    starts = list_segments(str(tmp_path))
+    assert len(starts) == 4
+    pieces = list(read_all(reader))
+    reader.close()
+    gaps = [
+        (before[1] + len(before[3]), after[1])
+        for before, after in pairwise(pieces)
+        if before[1] + len(before[3]) != after[1]
+    ]
+    assert gaps == [(30 * MAX_PIECE_BYTES, starts[2])]
+    assert all(offset == position for stream, position, offset, _ in pieces if stream == "stdout")
+    assert pieces[-1] == ("stderr", 150 * MAX_PIECE_BYTES, 0, b"end")
+    assert writer.written_bytes == {"stdout": 150 * MAX_PIECE_BYTES, "stderr": 3}
+
+
+def test_what_is_stored_is_removed_in_whole_segments_and_never_the_last(tmp_path: Path) -> None:
+    writer, reader = make_writer(tmp_path), SpoolReader(str(tmp_path))
+    fill(writer, segments=3)
+    _, second, third = list_segments(str(tmp_path))
+    assert not reader.drop_before(second - 1)
+    assert reader.drop_before(second)
+    assert list_segments(str(tmp_path)) == [second, third]
+    assert reader.drop_before(writer.position)
+    assert list_segments(str(tmp_path)) == [third]
+    assert next(read_all(reader))[1] == third
+    writer.close()
+    reader.close()
+
+
+@pytest.mark.parametrize("kept_bytes", [1, 10, 24, 25, 26, 27])
+def test_a_torn_last_piece_is_not_read(tmp_path: Path, kept_bytes: int) -> None:
+    writer, reader = make_writer(tmp_path), SpoolReader(str(tmp_path))
+    writer.add("stdout", b"abc")
+    [start] = list_segments(str(tmp_path))
+    path = next(tmp_path.glob("output.*"))
+    size_bytes = path.stat().st_size
+    writer.add("stdout", b"def")
+    writer.close()
+    os.truncate(path, size_bytes + kept_bytes)
+    assert start == 0
+    assert [content for _, _, _, content in read_all(reader)] == [b"abc"]
+    reader.close()
+
+
+class LateReader(SpoolReader):
+    """Is interrupted by the writer after it has seen the end of a segment."""
+
+    def __init__(self, directory: str, writer: SpoolWriter) -> None:
+        super().__init__(directory)
+        self._writer = writer
+        self._has_waited = False
+
+    def _find_next_segment(self) -> int | None:
+        if not self._has_waited:
+            self._has_waited = True
+            fill(self._writer, segments=1)
+        return super()._find_next_segment()
+
+
+def test_what_is_added_just_before_the_next_segment_is_not_passed_over(tmp_path: Path) -> None:
+    writer = make_writer(tmp_path)
+    reader = LateReader(str(tmp_path), writer)
+    for _ in range(5):
+        writer.add("stdout", b"x" * MAX_PIECE_BYTES)
+    positions = [position for _, position, _, _ in read_all(reader)]
+    writer.close()
+    reader.close()
+    assert positions == [number * MAX_PIECE_BYTES for number in range(20)]
+
+
+def test_a_segment_is_no_larger_than_it_may_be(tmp_path: Path) -> None:
+    writer = make_writer(tmp_path)
+    fill(writer, segments=2)
+    writer.close()
+    sizes = [path.stat().st_size for path in tmp_path.glob("output.*")]
+    assert all(size <= SEGMENT_BYTES for size in sizes)

@@ -1,0 +1,295 @@
+"""Power cuts: what reached the disk at fifty moments of one run is booted again, and must hold what was promised.
+
+All that runs is frozen and the disks are copied underneath; the run goes on, and each copy is tried afterwards. On the
+agent's side its server did not lose power: it is continued from a plain copy of that moment."""
+
+import asyncio
+import random
+import secrets
+import shutil
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+from scripts.lib.chaos.checker import OVER, UNPROVED, Evidence, Violation
+from scripts.lib.chaos.client import Client
+from scripts.lib.chaos.faults import Target
+from scripts.lib.chaos.parts import RUN_VARIABLE, Agent, Part, Server, closing, resume_all, stop_all
+from scripts.lib.chaos.record import Record
+from scripts.lib.chaos.report import find_traces
+from scripts.lib.chaos.run import Fleet, Run, make_plan
+from tests.support.disks import (
+    NO_POWER_CUTS,
+    booted_again,
+    copy_as_a_power_cut_leaves_it,
+    find_disk_obstacles,
+    mounted,
+    new_disk,
+)
+from tests.support.processes import find_free_port
+
+CUTS = 50
+COMMANDS = 120
+STRIKES = 18  # two seconds each, over which the commands are spread
+AT_ONCE = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cut:
+    """One moment: copies of all that matters, and what the client knew then."""
+
+    directory: Path
+    at: float
+    evidences: Sequence[Evidence]  # of what was submitted by then
+
+    @property
+    def agent_image(self) -> Path:
+        return self.directory / "agent.img"
+
+    @property
+    def server_image(self) -> Path:
+        return self.directory / "server.img"
+
+    @property
+    def server_data(self) -> Path:
+        return self.directory / "server"
+
+    @property
+    def canary(self) -> Path:
+        return self.directory / "canary"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cuts:
+    """All cuts of one run."""
+
+    directory: Path
+    token: str
+    password: str
+    agent_id: str
+    key: str
+    cuts: Sequence[Cut]
+    record: Record
+
+
+Attempt: TypeAlias = Callable[[Cuts, Cut], Awaitable[list[str]]]
+
+
+@pytest.fixture(scope="module")
+def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
+    if obstacles := find_disk_obstacles():
+        pytest.skip(f"{NO_POWER_CUTS}: {' '.join(obstacles)}")
+    return asyncio.run(run_and_cut(tmp_path_factory.mktemp("power")))
+
+
+async def run_and_cut(directory: Path) -> Cuts:
+    """Run commands on disks, and copy those fifty times."""
+    random_moments = random.Random(4)
+    orders = make_plan(COMMANDS, seed=4, strikes=STRIKES).orders
+    async with AsyncExitStack() as stack:
+        disks = {
+            name: stack.enter_context(new_disk(directory / f"{name}.img", directory / name, mebibytes=size))
+            for name, size in (("agent", 16), ("server", 24))
+        }
+        fleet, password, key = await stack.enter_async_context(running_on(directory, disks["agent"], disks["server"]))
+        run = Run(fleet, orders, Record())
+        made: list[Cut] = []
+
+        async def cut_all() -> None:
+            for number in range(CUTS):
+                await asyncio.sleep(random_moments.uniform(0.1, 1.1))
+                made.append(cut(run, directory, number))
+
+        async with asyncio.TaskGroup() as group:
+            group.create_task(run.go([]))
+            group.create_task(cut_all())
+        violations = await run.finish()
+        assert not violations, f"wrong even without a power cut: {violations}"
+        agent = fleet.target.agents[0]
+        assert fleet.client.token is not None
+        return Cuts(
+            directory=directory,
+            token=fleet.client.token,
+            password=password,
+            agent_id=agent.agent_id,
+            key=key,
+            cuts=made,
+            record=run.record,
+        )
+
+
+@asynccontextmanager
+async def running_on(directory: Path, agent_disk: Path, server_disk: Path) -> AsyncIterator[tuple[Fleet, str, str]]:
+    """Start a server and an agent; yield them with the admin's password and the agent's key."""
+    password, canary = secrets.token_urlsafe(15), directory / "canary"
+    canary.touch()
+    parts: list[Part] = []
+    environment = {RUN_VARIABLE: str(directory)}
+    with closing(parts, str(directory)):
+        server = Server(directory, password=password, data_dir=server_disk / "data", environment=environment)
+        parts.append(server)
+        await server.start()
+        async with Client(server.url) as client:
+            await client.log_in(password)
+            enrolled = await client.call("POST", "/api/agents", {"label": "web-01"})
+            agent = Agent(
+                directory,
+                server_url=server.url,
+                agent_id=enrolled["agent_id"],
+                key=enrolled["key"],
+                canary=canary,
+                state_dir=agent_disk / "state",
+                environment=environment,
+            )
+            parts.append(agent)
+            await agent.start()
+            yield Fleet(directory, Target(server, (agent,), ()), client, canary), password, enrolled["key"]
+
+
+def cut(run: Run, directory: Path, number: int) -> Cut:
+    """Copy all as it is at one moment. Blocking: nothing of the run, nor its client, goes on meanwhile."""
+    known = [
+        replace(evidence, ends_seen=list(evidence.ends_seen), other_ids=set())
+        for evidence in run.evidences.values()
+        if evidence.order.submit_at <= run.record.seconds
+    ]
+    made = Cut(directory=directory / f"cut-{number}", at=run.record.seconds, evidences=known)
+    made.directory.mkdir()
+    frozen = stop_all(str(directory))
+    try:
+        copy_as_a_power_cut_leaves_it(directory / "agent.img", made.agent_image)
+        copy_as_a_power_cut_leaves_it(directory / "server.img", made.server_image)
+        shutil.copytree(directory / "server/data", made.server_data)
+        shutil.copyfile(run.fleet.canary, made.canary)
+    finally:
+        resume_all(frozen)
+    run.record.add(f"FAULT power cut {number}, {len(frozen)} processes")
+    return made
+
+
+async def try_all(cuts: Cuts, attempt: Attempt) -> None:
+    """Boot from each copy; fail with the story of all that was wrong."""
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(cut: Cut) -> list[str]:
+        async with gate:
+            return await attempt(cuts, cut)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one(cut)) for cut in cuts.cuts]
+    lines = [line for task in tasks for line in task.result()]
+    assert not lines, "\n".join(lines)
+
+
+def tell(cuts: Cuts, cut: Cut, run: Run, violations: Sequence[Violation]) -> list[str]:
+    lines = []
+    for violation in violations:
+        lines.append(f"==== {cut.directory.name} at {cut.at:.3f}: {violation.rule}: {violation.detail}")
+        if violation.token is not None:
+            evidence = run.evidences[violation.token]
+            lines += [f"{evidence.order}", f"{evidence.answer}"]
+            lines += ["---- before the cut", *cuts.record.tell(violation.token)]
+            lines += ["---- after it", *run.record.tell(violation.token)]
+            lines += find_traces(run.fleet.directory, str(evidence.command_id))
+    return lines
+
+
+# ---------------------------------------------------------------- the agent's host
+
+
+async def boot_agent(cuts: Cuts, cut: Cut) -> list[str]:
+    """Start an agent on what its disk holds, on a host that has booted again; return what is wrong."""
+    boot_id = cut.directory / "boot_id"
+    boot_id.write_text(f"{uuid.uuid4()}\n")
+    environment = {RUN_VARIABLE: str(cut.directory)}
+    server = Server(cut.directory, password=cuts.password, data_dir=cut.server_data, environment=environment)
+    parts: list[Part] = [server]
+    with mounted(cut.agent_image, cut.directory / "agent") as disk, closing(parts, str(cut.directory)):
+        await server.start()
+        agent = Agent(
+            cut.directory,
+            server_url=server.url,
+            agent_id=cuts.agent_id,
+            key=cuts.key,
+            canary=cut.canary,
+            state_dir=disk / "state",
+            environment=environment,
+            prefix=booted_again(boot_id),
+        )
+        parts.append(agent)
+        async with Client(server.url) as client:
+            client.token = cuts.token
+            run = Run(
+                Fleet(cut.directory, Target(server, (agent,), ()), client, cut.canary),
+                [evidence.order for evidence in cut.evidences],
+                Record(),
+            )
+            for evidence in cut.evidences:
+                if evidence.command_id is not None:
+                    run.adopt(evidence.command_id, evidence.order.token, evidence.ends_seen)
+            await run.look_at_all()
+            excuse_what_the_agent_had(run)
+            await agent.start()
+            await agent.wait_until_connected()
+            for evidence in run.evidences.values():
+                if evidence.order.cancel_after is not None and evidence.command_id is not None:
+                    await run.cancel(evidence.order)
+            await run.wait_until_over()
+            return tell(cuts, cut, run, await run.finish())
+
+
+def excuse_what_the_agent_had(run: Run) -> None:
+    """What was offered may have run, and ended with the host; its agent can prove which."""
+    for evidence in run.evidences.values():
+        if evidence.status not in OVER | {"queued"}:
+            evidence.excused = {"interrupted"}
+
+
+@pytest.mark.timeout(400)
+async def test_a_host_may_lose_power(cuts: Cuts) -> None:
+    await try_all(cuts, boot_agent)
+
+
+# ---------------------------------------------------------------- the server's
+
+
+async def boot_server(cuts: Cuts, cut: Cut) -> list[str]:
+    """Start a server on what its disk holds; return what it does not know though it once said so."""
+    environment = {RUN_VARIABLE: str(cut.directory / "power")}
+    with mounted(cut.server_image, cut.directory / "power") as disk:
+        server = Server(
+            cut.directory,
+            password=cuts.password,
+            port=find_free_port(),
+            data_dir=disk / "data",
+            environment=environment,
+            log=cut.directory / "power.log",
+        )
+        with closing([server], str(disk)):
+            await server.start()
+            async with Client(server.url) as client:
+                client.token = cuts.token
+                lines = []
+                for evidence in cut.evidences:
+                    if evidence.command_id is not None:
+                        lines += await find_lost(cuts, cut, client, evidence)
+                return lines
+
+
+async def find_lost(cuts: Cuts, cut: Cut, client: Client, evidence: Evidence) -> list[str]:
+    path = f"/api/agents/{cuts.agent_id}/commands/{evidence.command_id}"
+    status, answer = await client.ask("GET", path)
+    proved = [end for end in evidence.ends_seen if end not in UNPROVED]
+    if status == 200 and all(f'"status":"{end}"'.encode() in answer.replace(b" ", b"") for end in proved):
+        return []
+    wanted = f"acknowledged, {evidence.ends_seen}"
+    return [f"{cut.directory.name} at {cut.at:.3f}: {evidence.order.token}: {wanted}; now {status} {answer!r}"]
+
+
+@pytest.mark.timeout(300)
+async def test_a_server_may_lose_power(cuts: Cuts) -> None:
+    await try_all(cuts, boot_server)

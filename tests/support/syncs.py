@@ -1,0 +1,87 @@
+"""Killing a process exactly when it asks the kernel to make a file durable."""
+
+import shlex
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+
+CALLS: Final = ("fsync", "fdatasync")
+NO_STRACE: Final = "NOT TESTED: KILLS AT EVERY SYNC"
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None, reason=f"{NO_STRACE}: strace is not there: apt-get install strace"
+)
+
+
+class Sync(NamedTuple):
+    """The n-th time, from 1 on, that a thread makes this system call."""
+
+    call: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.call}-{self.number}"
+
+
+def tracing(log: Path, *, kill_at: Sync | None = None, with_children: bool = False) -> list[str]:
+    """Return what starts a program so that it is killed when one of its threads syncs so for the n-th time.
+
+    Args:
+        log: gets a line for each sync, which begins with the thread's number.
+        kill_at: None: only write the log.
+        with_children: also count, and kill, what it starts."""
+    kill = ["-e", f"inject={kill_at.call}:signal=SIGKILL:when={kill_at.number}"] if kill_at else []
+    # -DDD: the program, not strace, is the child that was asked for. strace counts each thread and call for itself.
+    alone = [] if with_children else ["-b", "execve"]
+    return [
+        "strace",
+        "-DDD",
+        "-f",
+        *alone,
+        "-qq",
+        "-o",
+        str(log),
+        "-e",
+        "signal=none",
+        "-e",
+        "trace=fsync,fdatasync",
+        *kill,
+    ]
+
+
+def tracing_runners(directory: Path, log: Path, *, kill_at: Sync | None = None) -> list[str]:
+    """Return what starts an agent so that each of its runners is killed at its own n-th sync; the agent is not.
+
+    Args:
+        directory: a new one, for a Python to stand in for ours: the agent starts runners by the path it was started by.
+        log: its name begins the names of files, one for each runner."""
+    own = Path(sys.executable).parent.parent
+    (directory / "bin").mkdir(parents=True)
+    for name in ("pyvenv.cfg", "lib"):
+        (directory / name).symlink_to(own / name)
+    trace = shlex.join(tracing(Path("LOG"), kill_at=kill_at)).replace("LOG", f"{shlex.quote(str(log))}-$$")
+    stand_in = directory / "bin/python"
+    stand_in.write_text(f'#!/bin/sh\nexec {trace} {shlex.quote(sys.executable)} "$@"\n')
+    stand_in.chmod(0o755)
+    return ["bash", "-c", 'exec -a "$0" "$@"', str(stand_in), sys.executable]
+
+
+def list_syncs(*logs: Path) -> list[Sync]:
+    """Return all the moments at which one thread, the one that did most, could be killed."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for log in logs:
+        counts.update((words[0], words[1].partition("(")[0]) for line in _read_syncs(log) if (words := line.split()))
+    last = {call: max((count for (_, name), count in counts.items() if name == call), default=0) for call in CALLS}
+    return [Sync(call, number) for call in CALLS for number in range(1, last[call] + 1)]
+
+
+def has_killed(*logs: Path) -> bool:
+    """Whether a sync was never finished."""
+    return any(line.endswith("= ?") for log in logs for line in _read_syncs(log))
+
+
+def _read_syncs(log: Path) -> list[str]:
+    return [line for line in log.read_text().splitlines() if "sync(" in line]
