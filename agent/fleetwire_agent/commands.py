@@ -344,6 +344,12 @@ class Commands:
         """Prepare a runner, wait for the turn, start the command, and watch it to its end."""
         entry = run.entry
         directory = self._ledger.directory_of(entry)
+        if await asyncio.to_thread(directory.is_dir):  # of an agent that was killed before it gave the word
+            await runners.dismiss(directory)
+            if entry.state is not State.ACCEPTED:  # withdrawn meanwhile
+                return
+            self._ledger.record_never_ran(entry)
+            directory = self._ledger.directory_of(entry)
         try:
             await self._prepare(entry, directory)
             run.link = runners.connect(directory)
@@ -371,11 +377,10 @@ class Commands:
             environment={**self._environment, COMMAND_ID_VARIABLE: entry.command_id},
             timeout_seconds=entry.offer.timeout_seconds,
             grace_seconds=self._grace_seconds,
-            control_group=self._launcher.control_group,
+            has_control_group=True,
             head_segments=HEAD_SEGMENTS,
             waiting_segments=WAITING_SEGMENTS,
         )
-        self._ledger.forget_directory(entry)
         await asyncio.to_thread(_write_order, directory, order)
         await self._launcher.launch(directory, entry.command_id)
 
@@ -422,7 +427,7 @@ class Commands:
             self._start_again(run, problem)
             return
         if result is None:
-            await runners.kill_leftovers([entry.command_id])
+            await runners.kill_leftovers(directory)
             result = await asyncio.to_thread(files.read_result, str(directory))
         if result is None:
             self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=_RUNNER_DIED))

@@ -4,12 +4,14 @@ Without asyncio: a command's runner uses it too, and has no loop."""
 
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from contextlib import suppress
 from typing import Final, NamedTuple
 
 COMMAND_ID_VARIABLE: Final = "FLEETWIRE_COMMAND_ID"
-"""Marks every process of a command in its environment, also one that left the session and lost its parents."""
+COMMAND_DIRECTORY_VARIABLE: Final = "FLEETWIRE_COMMAND_DIRECTORY"
+"""Marks every process of a command in its environment, also one that left the session and lost its parents. The
+directory is one of this agent's alone, whatever other agents the host has, and of one attempt."""
 _PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
 
 
@@ -30,44 +32,55 @@ class Family:
     """Finds all that a command started, again and again while it is being killed."""
 
     def __init__(
-        self, roots: Iterable[ProcessRow], *, command_ids: Iterable[str] = (), within: int | None = None
+        self, roots: Iterable[ProcessRow], *, variables: Iterable[str] = (), within: int | None = None
     ) -> None:
-        """`within`: look only among the descendants of this process, a child subreaper, which no orphan leaves."""
-        self._roots = tuple(roots)
-        self._command_ids = frozenset(command_ids)
+        """Describe a family.
+
+        Args:
+            variables: each is NAME=VALUE; whatever was started with one of them in its environment is a member.
+            within: look only among the descendants of this process, a child subreaper, which no orphan leaves."""
+        self._roots = {root.pid: root.start_ticks for root in roots}
+        self._variables = frozenset(os.fsencode(variable) for variable in variables)
         self._within = within
         self._known: set[tuple[int, int]] = set()
 
     def read_members(self) -> set[ProcessRow]:
-        """Return the living members: what carries a root's command id, all processes in a root's session, and of each
-        member seen now or earlier the descendants and the whole session. Blocking."""
+        """Return the living members: what carries one of the variables, the roots and all in their sessions, and of
+        each member seen now or earlier the descendants and the whole session. Blocking."""
         rows = read_processes()
         candidates = rows if self._within is None else descendants_of(rows, self._within)
         candidates = [row for row in candidates if row.pid != os.getpid()]
-        members = {row for row in candidates if self._is_seed(row)}
-        while True:
-            pids = {row.pid for row in members}
-            sessions = {row.session_id for row in members}
-            found = {row for row in candidates if row.parent_pid in pids or row.session_id in sessions}
-            if found <= members:
-                break
-            members |= found
+        # A root whose pid has been used again has no session any more: its id would not have been free otherwise.
+        used_again = {row.pid for row in rows if self._roots.get(row.pid, row.start_ticks) != row.start_ticks}
+        sessions = self._roots.keys() - used_again
+        members = {row for row in candidates if self._is_seed(row, sessions)}
+        self._add_relatives(members, candidates)
         self._known |= {row.identity for row in members}
         return members
 
-    def _is_seed(self, row: ProcessRow) -> bool:
+    def _is_seed(self, row: ProcessRow, sessions: Set[int]) -> bool:
         return (
             row.identity in self._known
-            or any(_is_in_session(row, root) for root in self._roots)
-            or (bool(self._command_ids) and read_command_id(row.pid) in self._command_ids)
+            or row.pid in sessions
+            or row.session_id in sessions
+            or (bool(self._variables) and not self._variables.isdisjoint(read_environment(row.pid)))
         )
 
-
-def _is_in_session(row: ProcessRow, root: ProcessRow) -> bool:
-    """Whether `row` is the root itself or stayed in its session."""
-    if row.pid == root.pid:
-        return row.start_ticks == root.start_ticks  # else the pid has been used again
-    return row.session_id == root.pid
+    def _add_relatives(self, members: set[ProcessRow], candidates: list[ProcessRow]) -> None:
+        """Add the descendants of the members and their sessions, looking at each process once."""
+        children: dict[int, list[ProcessRow]] = {}
+        sessions: dict[int, list[ProcessRow]] = {}
+        for row in candidates:
+            children.setdefault(row.parent_pid, []).append(row)
+            sessions.setdefault(row.session_id, []).append(row)
+        sessions.pop(0, None)  # of the kernel, and of whatever came from outside this pid namespace
+        waiting = list(members)
+        while waiting:
+            row = waiting.pop()
+            relatives = children.pop(row.pid, []) + sessions.pop(row.session_id, [])
+            fresh = [relative for relative in relatives if relative not in members]
+            members.update(fresh)
+            waiting += fresh
 
 
 def read_process(pid: int) -> ProcessRow | None:
@@ -88,17 +101,12 @@ def read_processes() -> list[ProcessRow]:
     return [row for row in rows if row]
 
 
-def read_command_id(pid: int) -> str | None:
-    """Return the command id in the environment the process was started with, if any."""
+def read_environment(pid: int) -> list[bytes]:
+    """Return the environment the process was started with, each variable as NAME=VALUE; empty where it is not shown."""
     try:
-        environment = _read_proc_file(f"/proc/{pid}/environ")
+        return _read_proc_file(f"/proc/{pid}/environ").split(b"\0")
     except OSError:
-        return None
-    prefix = f"{COMMAND_ID_VARIABLE}=".encode()
-    for variable in environment.split(b"\0"):
-        if variable.startswith(prefix):
-            return variable[len(prefix) :].decode(errors="replace")
-    return None
+        return []
 
 
 def _read_proc_file(path: str) -> bytes:
@@ -117,9 +125,9 @@ def descendants_of(rows: Iterable[ProcessRow], ancestor_pid: int) -> list[Proces
     children: dict[int, list[ProcessRow]] = {}
     for row in rows:
         children.setdefault(row.parent_pid, []).append(row)
-    found = list(children.get(ancestor_pid, ()))
-    for row in found:  # grows while it is walked
-        found.extend(children.get(row.pid, ()))
+    found = children.pop(ancestor_pid, [])
+    for row in found:  # grows while it is walked; each pid once: one that is used again meanwhile may close a circle
+        found.extend(children.pop(row.pid, ()))
     return found
 
 

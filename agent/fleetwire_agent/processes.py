@@ -260,7 +260,7 @@ def _family_of(processes: Iterable[Process]) -> Family:
     processes = tuple(processes)
     roots = [process.row for process in processes]
     ids = [process.command_id for process in processes if process.command_id is not None]
-    return Family(roots, command_ids=ids, within=os.getpid())
+    return Family(roots, variables=[f"{COMMAND_ID_VARIABLE}={each}" for each in ids], within=os.getpid())
 
 
 async def read_output(

@@ -9,16 +9,19 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
-from fleetwire_agent.process_table import Family, signal_all
+from fleetwire_agent.process_table import COMMAND_DIRECTORY_VARIABLE, Family, ProcessRow, signal_all
 from fleetwire_agent.processes import Spawner, read_output
 from fleetwire_agent.runner import files
+from fleetwire_agent.runner.control_group import ControlGroup
 
 LAUNCH_SECONDS: Final = 30.0
 """A service manager that takes longer does not work."""
+
+DISMISS_SECONDS: Final = 5.0
+"""How long an agent waits for a runner that is not to start its command any more."""
 
 STOP_SECONDS: Final = 10.0
 """How long an uninstallation waits for commands to be stopped."""
@@ -49,10 +52,6 @@ class Launcher:
     def __init__(self, spawner: Spawner, *, has_units: bool) -> None:
         self._spawner = spawner
         self.has_units = has_units
-
-    @property
-    def control_group(self) -> Literal["unit", "own"]:
-        return "unit" if self.has_units else "own"
 
     async def launch(self, directory: Path, command_id: str) -> None:
         """Start the runner of the order in the directory; return when it listens.
@@ -113,6 +112,13 @@ class RunnerLink:
         except OSError as err:
             _log.debug("a runner does not listen: %s", err)
 
+    def leave(self) -> None:
+        """Say that no word will follow; what the runner says can still be heard."""
+        try:
+            self._peer.shutdown(socket.SHUT_WR)
+        except OSError as err:
+            _log.debug("a runner does not listen: %s", err)
+
     def wait_for_end(self, deadline: float) -> None:
         """Wait until the runner has ended, or the monotonic clock shows that time. Blocking."""
         while (seconds := deadline - time.monotonic()) > 0:
@@ -162,13 +168,48 @@ def stop_commands(directory: Path) -> int:
     return len(links)
 
 
-async def kill_leftovers(command_ids: Sequence[str]) -> None:
-    """Kill all that carries a command's id in its environment: of commands whose runner is gone."""
-    family = Family((), command_ids=command_ids)
+async def dismiss(directory: Path) -> None:
+    """Have a runner that waits there for the word to start end without having run. One whose command runs goes on."""
+    link = await asyncio.to_thread(connect, directory)
+    if link is None:
+        return
+    link.leave()
+    try:
+        async with asyncio.timeout(DISMISS_SECONDS):
+            while await link.receive() is not None:
+                pass
+    except TimeoutError:
+        _log.warning("the runner in %s does not end; it will not start its command", directory)
+    finally:
+        link.close()
+
+
+async def kill_leftovers(directory: Path) -> None:
+    """Kill what is left of the command whose runner was killed, and remove its control group. Of this boot only."""
+    traces = await asyncio.to_thread(files.read_traces, str(directory))
+    group = ControlGroup(traces.control_group) if traces and traces.control_group else None
+    roots = []
+    if traces and traces.shell:
+        pid, start_ticks = traces.shell
+        roots.append(ProcessRow(pid, parent_pid=0, session_id=pid, start_ticks=start_ticks))
+    place = await asyncio.to_thread(directory.resolve)  # as the runner sees it
+    family = Family(roots, variables=[f"{COMMAND_DIRECTORY_VARIABLE}={place}"])
     for _ in range(_KILL_ROUNDS):
-        members = await asyncio.to_thread(family.read_members)
-        if not members:
-            return
-        signal_all(members, signal.SIGKILL)
+        if not await asyncio.to_thread(_kill, family, group):
+            break
         await asyncio.sleep(_KILL_DELAY_SECONDS)
-    _log.error("processes of %s survive SIGKILL", ", ".join(command_ids))
+    else:
+        _log.error("processes of the command in %s survive SIGKILL", directory)
+    if group is not None:
+        await asyncio.to_thread(group.remove)
+
+
+def _kill(family: Family, group: ControlGroup | None) -> bool:
+    """Return whether there was anything to kill. Blocking."""
+    members: set[ProcessRow] = set()
+    if group is not None:
+        members = group.read_members()
+        group.kill()
+    members |= family.read_members()
+    signal_all(members, signal.SIGKILL)
+    return bool(members)

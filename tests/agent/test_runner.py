@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -16,8 +17,9 @@ from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.process_table import descendants_of, read_process, read_processes
 from fleetwire_agent.processes import Spawner
 from fleetwire_agent.runner import files
+from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
-from fleetwire_agent.runners import Launcher, connect
+from fleetwire_agent.runners import Launcher, connect, kill_leftovers
 from fleetwire_shared.messages import CommandCancel
 
 
@@ -25,7 +27,9 @@ def find_runner(rig: Rig, command_id: str = "cmd_1") -> int:
     """Return the pid of the command's runner, as it wrote it down."""
     directory = rig.entry(command_id).directory
     assert directory
-    return int((directory / files.CLAIM).read_text())
+    traces = files.read_traces(str(directory))
+    assert traces
+    return traces.runner_pid
 
 
 async def wait_until_gone(pid: int) -> None:
@@ -130,6 +134,59 @@ async def test_a_killed_runner_is_an_interrupted_command_and_leaves_nothing_runn
         assert "watched over the command was killed" in result.error
         assert result.stdout_bytes == len(rig.output("stdout"))
         assert [pid for pid in pids if read_process(pid)] == []
+
+
+async def test_a_killed_runner_leaves_no_orphan_without_an_environment_and_no_control_group(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(make_offer("(env -i setsid /bin/sh -c 'echo $$; exec /bin/sleep 600' &); sleep 600"))
+        pid = await rig.first_line()
+        traces = files.read_traces(str(rig.entry().directory))
+        assert traces
+        if traces.control_group is None or not await asyncio.to_thread(os.path.isdir, traces.control_group):
+            pytest.skip("this host has no control groups of version 2 that may be written to")
+        os.kill(traces.runner_pid, signal.SIGKILL)
+        assert (await rig.result_of()).status == "interrupted"
+        assert read_process(pid) is None
+        assert not await asyncio.to_thread(os.path.exists, traces.control_group)
+
+
+async def test_a_shell_whose_runner_is_killed_before_it_ran_never_runs(tmp_path: Path) -> None:
+    """The runner is killed after the fork, where neither its traces nor an environment tell of the child."""
+    program = (
+        "import os; from fleetwire_agent.runner.shell import Shell\n"
+        "def note(pid): print(pid, flush=True); os.kill(os.getpid(), 9)\n"
+        f"Shell(['/bin/touch', '{tmp_path}/ran'], {{}}, None, note_pid=note)"
+    )
+    runner = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    said, _ = await runner.communicate()
+    assert runner.returncode == -signal.SIGKILL
+    await wait_until_gone(int(said))
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_what_another_agent_of_this_host_runs_under_the_same_id_is_left_alone(tmp_path: Path) -> None:
+    async with open_rig(tmp_path / "one") as rig:
+        rig.commands.offer(make_offer("echo $$; sleep 600"))
+        pid = await rig.first_line()
+        own = rig.entry().directory
+        assert own
+        await kill_leftovers(tmp_path / "other" / "commands" / own.name)
+        assert read_process(pid)
+        await kill_leftovers(own)
+        assert read_process(pid) is None
+
+
+def test_a_control_group_of_somebody_else_is_neither_taken_nor_removed() -> None:
+    path = choose_control_group("cmd_1")
+    if path is None or not os.access(os.path.dirname(path), os.W_OK):
+        pytest.skip("this host has no control groups of version 2 that may be written to")
+    assert path != choose_control_group("cmd_1")
+    Path(path).mkdir()
+    try:
+        assert make_control_group(path) is None
+        assert Path(path).is_dir()
+    finally:
+        Path(path).rmdir()
 
 
 async def test_a_runner_killed_while_no_agent_ran_is_an_interrupted_command(tmp_path: Path) -> None:
@@ -244,6 +301,48 @@ async def test_a_runner_whose_agent_leaves_without_a_word_never_starts(tmp_path:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("words", [["stop cancelled"], ["go", "stop interrupted"]])
+async def test_a_runner_that_is_told_to_stop_before_it_began_ends_at_once(tmp_path: Path, words: list[str]) -> None:
+    directory = tmp_path / "command"
+    await asyncio.to_thread(files.write_order, str(directory), make_order(f"touch {tmp_path}/ran"))
+    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
+        await make_launcher(spawner).launch(directory, "cmd_1")
+        traces = files.read_traces(str(directory))
+        assert traces
+        os.kill(traces.runner_pid, signal.SIGSTOP)  # it hears all words at once
+        link = connect(directory)
+        assert link
+        for word in words:
+            link.send(word)
+        os.kill(traces.runner_pid, signal.SIGCONT)
+        async with asyncio.timeout(5):
+            assert await link.receive() is None
+        link.close()
+    assert files.claim(str(directory))
+    assert not (tmp_path / "ran").exists()
+
+
+async def test_the_runner_of_an_agent_that_was_killed_before_the_word_is_dismissed(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    ledger = Ledger(state, boot_id="boot", new_instance_id="instance")
+    ledger.open()
+    ledger.begin()
+    entry, saved = ledger.add(make_offer(f"echo ran >> {tmp_path}/runs"))
+    await saved
+    ledger.close()
+    directory = ledger.directory_of(entry)
+    await asyncio.to_thread(files.write_order, str(directory), make_order(f"echo wrong >> {tmp_path}/runs"))
+    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
+        await make_launcher(spawner).launch(directory, "cmd_1")
+    traces = files.read_traces(str(directory))
+    assert traces
+    async with open_rig(state) as rig:
+        assert (await rig.result_of()).status == "succeeded"
+        assert rig.entry().attempt == 2
+        assert read_process(traces.runner_pid) is None
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
 async def test_a_claim_without_a_runner_is_an_interrupted_command(tmp_path: Path) -> None:
     """The runner had said that it would start, and was gone before it said more."""
     state = tmp_path / "state"
@@ -264,7 +363,7 @@ def make_order(command: str) -> files.Order:
         environment={"PATH": os.environ["PATH"]},
         timeout_seconds=10.0,
         grace_seconds=0.5,
-        control_group="none",
+        has_control_group=False,
         head_segments=16,
         waiting_segments=8,
     )

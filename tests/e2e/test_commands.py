@@ -73,6 +73,21 @@ async def test_a_stopped_command_leaves_nothing_and_the_result_says_what_was_kil
     assert [each["command"] for each in ended["killed"]].count("/bin/sleep 7777") == 2
     assert ended["killed_count"] == len(ended["killed"])
 
+    # The same where nobody is left to stop it: the unit's main process is its runner.
+    command_id = await e2e_api.submit(agent_id, f"{escaping} echo ready; sleep 7777", timeout=60)
+    await e2e_api.wait_for_command(agent_id, command_id, "running")
+    await eventually(
+        lambda: asyncio.to_thread(host.exec, "pgrep -cf 'sleep 777[7]'", check=False),
+        lambda said: int(said.stdout) >= 3,
+        timeout_seconds=30,
+    )
+    host.exec("kill -9 $(systemctl show -P MainPID 'fleetwire-cmd-*')")
+    ended = await e2e_api.wait_for_command(agent_id, command_id, timeout_seconds=30)
+    assert (ended["status"], ended["output"]) == ("interrupted", "ready\n")
+    assert host.exec("pgrep -f 'sleep 777[7]'", check=False).stdout == ""
+    groups = "find /sys/fs/cgroup -name 'fleetwire-cmd*'"
+    await eventually(lambda: asyncio.to_thread(host.exec, groups), lambda said: said.stdout == "", timeout_seconds=15)
+
     # A fork bomb, within a limit of its own: this machine's kernel limits the tasks of no unit in a container.
     bomb = "ulimit -u 1500; :(){ :|:& }; : 2>/dev/null; sleep 7778"
     command_id = await e2e_api.submit(

@@ -59,14 +59,20 @@ class ControlGroup:
             os.close(descriptor)
 
 
-def make_control_group(name: str) -> ControlGroup | None:
-    """Return a new group below that of the calling process, None where this host or this user cannot have one."""
+def choose_control_group(command_id: str) -> str | None:
+    """Return where to make a group for an attempt at a command, below the group of the calling process: a path that no
+    other attempt has. None where this host has no groups of version 2."""
     parent = _find_own_group()
-    if parent is None:
-        return None
-    path = f"{parent}/{name}"
+    return None if parent is None else f"{parent}/fleetwire-{command_id}-{os.urandom(8).hex()}"
+
+
+def make_control_group(path: str) -> ControlGroup | None:
+    """Make the group; return None where this user may not."""
     try:
         os.mkdir(path)  # noqa: PTH102
+    except OSError:
+        return None
+    try:
         probe = os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
         with suppress(OSError):

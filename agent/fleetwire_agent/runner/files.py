@@ -1,5 +1,6 @@
 """What a runner and its agent leave for each other in the command's directory."""
 
+import errno
 import json
 import os
 import struct
@@ -9,7 +10,10 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 ORDER: Final = "order.json"
 CLAIM: Final = "claim"
 """Made by whoever is first: by the runner when it is about to start the shell, or by an agent that wants to be sure
-that it never will. Holds the runner's pid."""
+that it never will. Empty."""
+
+TRACES: Final = "traces"
+"""Written by the runner: where to find what it started, for an agent that finds the runner killed."""
 
 RESULT: Final = "result"
 SOCKET: Final = "socket"
@@ -22,6 +26,8 @@ RESERVE_BYTES: Final = 4 * 1024 * 1024
 
 MAX_RESULT_BYTES: Final = 64 * 1024
 """Allocated before the shell starts, so that the end can be written to a disk that is full by then."""
+
+_TRACES_BYTES: Final = 8192  # taken at once, so that a disk that is full later takes what is added; a path has 4096
 
 _RESULT_HEADER: Final = struct.Struct(">4sII")  # magic, length and CRC-32 of the JSON that follows
 _RESULT_MAGIC: Final = b"FWR1"
@@ -37,10 +43,17 @@ class Order(NamedTuple):
     environment: dict[str, str]
     timeout_seconds: float
     grace_seconds: float  # between SIGTERM and SIGKILL
-    # unit: within the systemd unit this runner is the main process of; own: below the runner's own; none: use none
-    control_group: Literal["unit", "own", "none"]
+    has_control_group: bool  # below the runner's own, where the host has those of version 2
     head_segments: int  # of the output these are kept, and as many of the newest
     waiting_segments: int  # where the agent is connected and so many wait for it, the command waits, too
+
+
+class Traces(NamedTuple):
+    """What a runner leaves behind when it is killed; of this boot."""
+
+    runner_pid: int
+    control_group: str | None  # where it is, or would have been made
+    shell: tuple[int, int] | None  # pid, also its session's, and start in ticks; None as long as there is none
 
 
 class Killed(NamedTuple):
@@ -103,12 +116,32 @@ def read_order(directory: str) -> Order:
 def claim(directory: str) -> bool:
     """Return whether the command is the caller's to start, or never to be started: only the first gets it."""
     try:
-        descriptor = os.open(f"{directory}/{CLAIM}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        os.close(os.open(f"{directory}/{CLAIM}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
         return False
-    os.write(descriptor, b"%d\n" % os.getpid())
-    os.close(descriptor)
     return True
+
+
+def write_traces(directory: str, traces: Traces) -> None:
+    """Write the traces, or replace them, which needs no more room. Raises OSError."""
+    content = json.dumps(traces._asdict()).encode().ljust(_TRACES_BYTES)
+    descriptor = os.open(f"{directory}/{TRACES}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if os.pwrite(descriptor, content, 0) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    finally:
+        os.close(descriptor)
+
+
+def read_traces(directory: str) -> Traces | None:
+    """Return the traces, None where the runner was killed before it wrote any, or they cannot be read."""
+    try:
+        with open(f"{directory}/{TRACES}", encoding="utf-8") as file:  # noqa: PTH123
+            fields = json.load(file)
+        shell = fields["shell"] and (int(fields["shell"][0]), int(fields["shell"][1]))
+        return Traces(int(fields["runner_pid"]), fields["control_group"], shell)
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def allocate_result(directory: str) -> int:

@@ -3,7 +3,9 @@
 import errno
 import os
 import signal
-from typing import Final
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, NoReturn
 
 from fleetwire_agent.runner.control_group import ControlGroup
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, Stream
@@ -41,16 +43,38 @@ class OutputPipe:
 class Shell:
     """A running shell, in a session and, where there is one, a control group of its own."""
 
-    def __init__(self, argv: list[str], environment: dict[str, str], group: ControlGroup | None) -> None:
-        """Raises OSError: it cannot be started. ValueError: an argument holds a NUL byte."""
+    def __init__(
+        self,
+        argv: list[str],
+        environment: dict[str, str],
+        group: ControlGroup | None,
+        *,
+        note_pid: Callable[[int], None],
+    ) -> None:
+        """Start the shell.
+
+        Args:
+            note_pid: called with its pid before it may run: what was not noted never ran.
+        Raises:
+            OSError: it cannot be started, or `note_pid` raised that."""
         stdout_read, stdout_write = os.pipe()
         stderr_read, stderr_write = os.pipe()
         error_read, error_write = os.pipe()  # closed by a successful exec
+        go_read, go_write = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
-            _become_shell(argv, environment, group, (stdout_write, stderr_write, error_write))
-        for descriptor in (stdout_write, stderr_write, error_write):
+            os.close(go_write)  # whose end, should this runner be killed now, is the end of the child
+            _become_shell(argv, environment, group, go_read, (stdout_write, stderr_write, error_write))
+        for descriptor in (go_read, stdout_write, stderr_write, error_write):
             os.close(descriptor)
+        try:
+            note_pid(self.pid)
+            os.write(go_write, b"g")
+        except OSError:
+            os.close(go_write)
+            os.waitpid(self.pid, 0)
+            raise
+        os.close(go_write)
         with os.fdopen(error_read, "rb") as pipe:
             problem = pipe.read()
         if problem:
@@ -61,13 +85,16 @@ class Shell:
 
 
 def _become_shell(
-    argv: list[str], environment: dict[str, str], group: ControlGroup | None, writers: tuple[int, int, int]
-) -> None:
+    argv: list[str], environment: dict[str, str], group: ControlGroup | None, go: int, writers: tuple[int, int, int]
+) -> NoReturn:
     stdout, stderr, errors = writers
+    problem = f"{errno.ENOMEM} {os.strerror(errno.ENOMEM)}"  # what else may come up is that
     try:
         os.setsid()
         if group is not None:
             group.enter()
+        if not os.read(go, 1):
+            os._exit(127)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(stdout, 1)
         os.dup2(stderr, 2)
@@ -82,7 +109,8 @@ def _become_shell(
     except ValueError as err:
         problem = f"{errno.EINVAL} {err}"
     finally:
-        os.write(errors, problem.encode())
+        with suppress(OSError):
+            os.write(errors, problem.encode())
         os._exit(127)
 
 

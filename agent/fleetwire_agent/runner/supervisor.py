@@ -12,19 +12,27 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from fleetwire_agent.process_table import Family, ProcessRow, read_process, set_child_subreaper
-from fleetwire_agent.runner.control_group import ControlGroup, make_control_group
+from fleetwire_agent.process_table import (
+    COMMAND_DIRECTORY_VARIABLE,
+    Family,
+    ProcessRow,
+    read_process,
+    set_child_subreaper,
+)
+from fleetwire_agent.runner.control_group import ControlGroup, choose_control_group, make_control_group
 from fleetwire_agent.runner.files import (
     RESULT,
     SOCKET,
     Order,
     Result,
     ResultStatus,
+    Traces,
     allocate_result,
     claim,
     read_order,
     use_reserve,
     write_result,
+    write_traces,
 )
 from fleetwire_agent.runner.shell import OutputPipe, Shell, protect_from_oom
 from fleetwire_agent.runner.spool import SpoolWriter
@@ -54,7 +62,7 @@ class AgentLink:
             os.unlink(SOCKET)  # noqa: PTH108
         self._listener.bind(SOCKET)
         os.chmod(SOCKET, 0o600)  # noqa: PTH101
-        self._listener.listen(4)
+        self._listener.listen(64)  # of agents that were killed while this runner was stopped
         self._listener.setblocking(False)
         self._peer: socket.socket | None = None
 
@@ -114,10 +122,14 @@ class AgentLink:
 class Supervisor:
     """Watches over one shell from its start to its end."""
 
-    def __init__(self, order: Order, link: AgentLink, group: ControlGroup | None, result: int, wakeup: int) -> None:
+    def __init__(
+        self, order: Order, link: AgentLink, group: ControlGroup | None, traces: Traces, result: int, wakeup: int
+    ) -> None:
         self._order = order
         self._link = link
         self._group = group
+        self._traces = traces
+        self._directory = os.getcwd()  # noqa: PTH109
         self._result = result
         self._wakeup = wakeup
         self._spool = SpoolWriter(".", head_segments=order.head_segments, make_room=lambda: use_reserve(_STATE))
@@ -142,12 +154,12 @@ class Supervisor:
     def run(self) -> None:
         """Run the command to its end and leave its result in the directory."""
         self._started_at, self._began = time.time(), time.monotonic()
+        environment = {**self._order.environment, COMMAND_DIRECTORY_VARIABLE: self._directory}
         try:
-            shell = Shell(self._order.argv, self._order.environment, self._group)
+            shell = Shell(self._order.argv, environment, self._group, note_pid=self._note_shell)
         except OSError as err:
             self._finish("failed", error=f"the command could not be started: {err.strerror}")
             return
-        self._root = read_process(shell.pid) or self._root._replace(pid=shell.pid, session_id=shell.pid)
         self._pipes = list(shell.pipes)
         self._greet()
         while not self._is_over():
@@ -161,6 +173,10 @@ class Supervisor:
         for pipe in shell.pipes:
             self._drain(pipe)
         self._conclude()
+
+    def _note_shell(self, pid: int) -> None:
+        self._root = read_process(pid) or self._root._replace(pid=pid, session_id=pid)
+        write_traces(".", self._traces._replace(shell=self._root.identity))
 
     # ------------------------------------------------------------ one round
 
@@ -262,7 +278,7 @@ class Supervisor:
         if self._stop is not None or (self._exited_at is not None and status != "interrupted"):
             return
         within = None if self._group is not None else os.getpid()
-        family = Family([self._root], command_ids=[self._order.command_id], within=within)
+        family = Family([self._root], variables=[f"{COMMAND_DIRECTORY_VARIABLE}={self._directory}"], within=within)
         self._stop_status = status
         self._stop = Stop(family, self._group, now=time.monotonic(), grace_seconds=self._order.grace_seconds)
 
@@ -326,16 +342,20 @@ def _run(directory: str) -> int:
     tell_ready = _become_daemon() if "NOTIFY_SOCKET" not in os.environ else _notify_manager
     try:
         order = read_order(".")
+        path = choose_control_group(order.command_id) if order.has_control_group else None
+        traces = Traces(os.getpid(), path, shell=None)
         try:
             result = allocate_result(".")
+            write_traces(".", traces)
         except OSError:
             if not use_reserve(_STATE):
                 raise
             with suppress(FileNotFoundError):
                 os.unlink(RESULT)  # noqa: PTH108
             result = allocate_result(".")
+            write_traces(".", traces)
         link = AgentLink()
-        group = _find_group(order)
+        group = None if path is None else make_control_group(path)
     except OSError as err:
         tell_ready(str(err))
         return 1
@@ -343,7 +363,7 @@ def _run(directory: str) -> int:
     protect_from_oom()
     if group is None:
         set_child_subreaper(is_on=True)
-    supervisor = Supervisor(order, link, group, result, wakeup)
+    supervisor = Supervisor(order, link, group, traces, result, wakeup)
     signal.signal(signal.SIGTERM, supervisor.note_signal)
     tell_ready("")
     try:
@@ -357,21 +377,18 @@ def _run(directory: str) -> int:
     return 0
 
 
-def _find_group(order: Order) -> ControlGroup | None:
-    if order.control_group == "none":
-        return None
-    return make_control_group("command" if order.control_group == "unit" else f"fleetwire-{order.command_id}")
-
-
 def _await_go(link: AgentLink, supervisor: Supervisor) -> bool:
-    """Wait for the agent to connect and say go. It leaves without that word when it has changed its mind."""
+    """Wait for the agent to connect and say go. It says stop, or leaves without go, when it has changed its mind."""
     deadline = time.monotonic() + GO_SECONDS
     has_met = False
     while time.monotonic() < deadline and not supervisor.is_terminated:
         readable, _, _ = select.select(link.descriptors, [], [], max(0.0, min(1.0, deadline - time.monotonic())))
         if readable:
             has_met = link.accept() or has_met
-            if "go" in link.receive():
+            words = link.receive()
+            if any(word.startswith("stop") for word in words):  # also one that follows upon go: so it has not run
+                return False
+            if "go" in words:
                 return True
             if has_met and not link.is_connected:
                 return False
