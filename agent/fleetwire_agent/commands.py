@@ -185,6 +185,9 @@ class Commands:
                     self._has_news.set()
                 return
             self._ledger.drop(entry)
+            if entry.ending is not None:  # cancelled meanwhile: it must not run should it be offered again
+                self._ledger.remember(entry.ending)
+                return
             problem = f"the agent cannot write its ledger: {saved.exception()}"
             self._ledger.answer(_rejection(message.command_id, "full", problem))
 

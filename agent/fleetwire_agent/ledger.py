@@ -170,7 +170,7 @@ class Ledger:
         self._boottime = boottime
         self._entries: dict[str, Entry] = {}
         self._endings: OrderedDict[str, Ending] = OrderedDict()
-        self._answers: list[Ending] = []  # on disk, and to be told once
+        self._answers: list[Ending] = []  # to be told once
 
     # ------------------------------------------------------------ opening
 
@@ -317,7 +317,7 @@ class Ledger:
         """Write down that the command may run from here on; returns when that is on disk."""
         self._move(entry, Event.STARTED)
         entry.started_boot_id = self.boot_id
-        await self._append(
+        saved = self._append(
             {
                 "record": "starting",
                 "command_id": entry.command_id,
@@ -325,6 +325,7 @@ class Ledger:
                 "boot_id": entry.started_boot_id,
             }
         )
+        await asyncio.shield(saved)  # the record is written whether or not somebody still waits for it
 
     def record_running(self, entry: Entry, started_at: float) -> None:
         """What it says is also in the runner's keeping, so nobody waits for the disk."""
@@ -358,19 +359,16 @@ class Ledger:
             self.note_stored(entry.command_id)
 
     def remember(self, ending: Ending) -> None:
-        """Write down that an id never seen must not run; the server is told when that is on disk."""
+        """Write down that an id must not run that is not on disk; the server is told when that is, or cannot be.
+
+        It need not be: a server that has stored the answer never offers the id again, and one that has not yet asks
+        again when this agent comes back."""
         self._remember(ending)
         saved = self._append({"record": "ended", "ending": encode(ending)})
-
-        def note(saved: "asyncio.Future[None]") -> None:
-            if saved.exception() is None:
-                self._answers.append(ending)
-                self.news.set()
-
-        saved.add_done_callback(note)
+        saved.add_done_callback(lambda _: self.answer(ending))
 
     def answer(self, ending: Ending) -> None:
-        """Tell the server something that need not be on disk."""
+        """Tell the server once."""
         self._answers.append(ending)
         self.news.set()
 

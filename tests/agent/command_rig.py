@@ -3,8 +3,10 @@
 import asyncio
 import base64
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 from fleetwire_agent.commands import Commands
@@ -25,6 +27,19 @@ def make_offer(
         timeout_seconds=timeout_seconds,
         remaining_seconds=remaining_seconds,
     )
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """While this holds, the disk takes no byte of this process."""
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 class Rig:

@@ -8,7 +8,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from tests.agent.command_rig import no_room
 
+from fleetwire_agent.command_states import State
 from fleetwire_agent.commands import Commands
 from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Ledger
@@ -261,6 +263,28 @@ async def test_a_slow_command_does_not_delay_a_quick_one(rig: Rig) -> None:
         assert (await rig.result_of(f"cmd_{number}")).status == "succeeded"
         assert rig.output("stdout", f"cmd_{number}") == b"%d\n" % number
     assert not rig.finished("cmd_slow")
+
+
+async def test_a_cancel_counts_also_where_the_disk_takes_nothing(tmp_path: Path) -> None:
+    async with open_rig(tmp_path / "state") as rig:
+        with no_room():
+            rig.commands.offer(make_offer("true", command_id="cmd_full"))
+            assert (await rig.rejection_of("cmd_full")).reason == "full"
+            rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs"))
+            rig.commands.cancel(CommandCancel(command_id="cmd_1"))  # before it is known that the offer is not on disk
+            assert (await rig.rejection_of()).reason == "cancelled"
+            rig.commands.cancel(CommandCancel(command_id="cmd_2"))
+            assert (await rig.rejection_of("cmd_2")).reason == "cancelled"
+        for command_id in ("cmd_1", "cmd_2"):
+            rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs", command_id=command_id))
+            assert (await rig.rejection_of(command_id, count=2)).reason == "cancelled"
+        rig.commands.offer(make_offer("true", command_id="cmd_full"))
+        assert (await rig.result_of("cmd_full")).status == "succeeded"  # which the disk takes, and all before with it
+    async with open_rig(tmp_path / "state") as rig:
+        rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs"))
+        assert (await rig.rejection_of()).reason == "cancelled"
+        assert rig.ledger.state_of("cmd_2") is State.ENDED
+    assert not (tmp_path / "runs").exists()
 
 
 async def test_the_same_id_never_runs_twice(rig: Rig, tmp_path: Path) -> None:

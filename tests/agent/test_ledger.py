@@ -110,6 +110,20 @@ async def test_a_command_is_told_of_when_it_is_on_disk_and_not_before(tmp_path: 
         assert opened.ledger.next_messages() == []
 
 
+async def test_a_start_that_nobody_waits_for_any_more_is_written_all_the_same(tmp_path: Path) -> None:
+    problems: list[dict[str, object]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
+    async with open_ledger(tmp_path) as opened:
+        entry = await opened.add()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0):
+                await opened.ledger.record_starting(entry)
+        await opened.add("cmd_2")  # is on disk after it
+    assert problems == []
+    async with open_ledger(tmp_path) as opened:
+        assert opened.get("cmd_1").state is State.STARTING
+
+
 async def test_an_ending_is_told_when_it_is_on_disk(tmp_path: Path) -> None:
     async with open_ledger(tmp_path) as opened:
         entry = await opened.add_started()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from tests.agent.command_rig import no_room
 
 from fleetwire_agent.ledger_file import FILE_BYTES, NAMES, LedgerFile
 
@@ -206,19 +207,9 @@ async def test_what_follows_a_failed_write_is_read_back(tmp_path: Path) -> None:
 
 
 async def fail_once(file: LedgerFile, record: bytes) -> None:
-    """Append a record that the disk does not take: for a moment the ledger may hold no more bytes."""
-    import resource
-    import signal
-
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            await file.append(record)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
+    """Append a record that the disk does not take."""
+    with no_room(), pytest.raises(OSError, match="File too large"):
+        await file.append(record)
 
 
 def test_two_agents_cannot_use_one_ledger(tmp_path: Path) -> None:

@@ -537,6 +537,22 @@ def test_what_is_not_kept_is_a_gap_and_the_offsets_are_exact(tmp_path: Path) -> 
     assert writer.written_bytes == {"stdout": 150 * MAX_PIECE_BYTES, "stderr": 3}
 
 
+def test_counting_what_is_left_drops_nothing(tmp_path: Path) -> None:
+    writer = make_writer(tmp_path, head_segments=2)
+    fill(writer, segments=4)
+    starts = list_segments(str(tmp_path))
+    assert len(starts) == 4
+    assert writer.segments == 3
+    writer.recount()
+    assert list_segments(str(tmp_path)) == starts
+    assert SpoolReader(str(tmp_path)).drop_before(starts[1])
+    writer.recount()
+    assert writer.segments == 2
+    fill(writer, segments=1)
+    assert len(list_segments(str(tmp_path))) == 4  # room had been made by the reader, so none was dropped
+    writer.close()
+
+
 def test_what_is_stored_is_removed_in_whole_segments_and_never_the_last(tmp_path: Path) -> None:
     writer, reader = make_writer(tmp_path), SpoolReader(str(tmp_path))
     fill(writer, segments=3)

@@ -70,7 +70,7 @@ class SpoolWriter:
         self._size_bytes = 0
         self.position = 0
         self.written_bytes: dict[Stream, int] = {"stdout": 0, "stderr": 0}
-        self.segments = 0  # as counted last
+        self.segments = 0  # full ones, as counted last
         self.has_failed = False  # the disk took no more: what followed is missing
 
     def add(self, stream: Stream, content: bytes) -> None:
@@ -99,6 +99,7 @@ class SpoolWriter:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+        self._drop_middle()
         self.recount()
         self._descriptor = os.open(
             _path(self._directory, self.position), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
@@ -114,13 +115,16 @@ class SpoolWriter:
             raise OSError
         self._size_bytes += written
 
-    def recount(self) -> None:
-        """See what is there still, and make room for one more segment."""
+    def _drop_middle(self) -> None:
+        """Make room for one more segment."""
         starts = list_segments(self._directory)
         excess = len(starts) + 1 - 2 * self._head_segments
         if excess > 0:
             remove_segments(self._directory, starts[self._head_segments : self._head_segments + excess])
-        self.segments = len(starts) - max(excess, 0)
+
+    def recount(self) -> None:
+        """See what is there still: others remove what they have fetched."""
+        self.segments = len(list_segments(self._directory)) - (self._descriptor is not None)
 
     def close(self) -> None:
         """Make all that is there durable."""
