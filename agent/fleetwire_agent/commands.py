@@ -57,6 +57,7 @@ MONITOR_RUNS_NOTHING: Final = (
 _EXPIRY_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
 _RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
+_LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
 _REMOVED: Final = "the agent was removed from the host"
 
 _log = logging.getLogger(__name__)
@@ -395,9 +396,16 @@ class Commands:
         """Go on with a command that an earlier agent started, or was about to."""
         directory = self._ledger.directory_of(run.entry)
         run.is_prepared.set()
-        if run.entry.started_boot_id == self._ledger.boot_id:
-            run.link = runners.connect(directory)
+        if self._may_be_of_this_boot(run.entry):
+            try:
+                run.link = runners.connect(directory)
+            except OSError as err:
+                _log.error("whether %s still runs cannot be seen: %s", run.entry.command_id, err)
         await self._watch(run, directory)
+
+    def _may_be_of_this_boot(self, entry: Entry) -> bool:
+        """Whether what it started may still run. Where the ledger has lost the start, the acceptance counts."""
+        return (entry.started_boot_id or entry.boot_id) == self._ledger.boot_id
 
     async def _watch(self, run: _Run, directory: Path) -> None:
         """Listen to the runner until it ends; then see how the command ended."""
@@ -422,27 +430,39 @@ class Commands:
     async def _conclude(self, run: _Run, directory: Path, *, problem: str | None = None) -> None:
         """The runner has ended: take its result; where it left none, find out what that means."""
         entry = run.entry
-        result = await asyncio.to_thread(files.read_result, str(directory))
-        if result is None and entry.started_boot_id != self._ledger.boot_id:
-            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=_HOST_RESTARTED))
-            return
-        if result is None and await asyncio.to_thread(self._claim, directory):
-            self._start_again(run, problem)
-            return
-        if result is None:
-            await runners.kill_leftovers(directory)
+        result = None
+        error = _RUNNER_DIED if self._may_be_of_this_boot(entry) else _HOST_RESTARTED
+        if entry.started_boot_id is None:
+            error = _LEDGER_DAMAGED
+        try:
             result = await asyncio.to_thread(files.read_result, str(directory))
+            is_provable = entry.started_boot_id == self._ledger.boot_id
+            if result is None and is_provable and await asyncio.to_thread(self._claim, directory):
+                self._start_again(run, problem)
+                return
+            if result is None and self._may_be_of_this_boot(entry):
+                await runners.kill_leftovers(directory)
+                result = await asyncio.to_thread(files.read_result, str(directory))
+        except files.UnknownResultError as err:
+            error = f"it ended, and how is not known to this version of the agent: {err}"
+        except OSError as err:
+            error = (
+                f"how it ended cannot be read from the host's disk: {_describe(err)}; what was left of it was killed"
+            )
+            if self._may_be_of_this_boot(entry):
+                await runners.kill_leftovers(directory)
         if result is None:
-            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=_RUNNER_DIED))
+            _log.error("%s is interrupted: %s", entry.command_id, error)
+            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error))
             return
         self._ledger.finish(entry, _ending_from(entry, result))
 
     def _claim(self, directory: Path) -> bool:
         """Whether it is sure that the runner has not started the shell, and never will."""
         try:
-            return files.claim(str(directory))
-        except FileNotFoundError:  # not even its directory came to be
-            return True
+            return files.claim(str(directory), "agent")
+        except (FileNotFoundError, NotADirectoryError):  # it was there before the start: somebody has removed it
+            return False
 
     def _start_again(self, run: _Run, problem: str | None) -> None:
         """It never ran: let it wait for its turn again, or end it where it was not to run any more."""
@@ -486,8 +506,11 @@ def _count_output(entry: Entry) -> dict[str, int]:
     written = {"stdout": 0, "stderr": 0}
     if entry.directory is not None and entry.directory.is_dir():
         reader = SpoolReader(str(entry.directory))
-        while piece := reader.read():
-            written[piece.stream] = piece.offset + len(piece.content)
+        try:
+            while piece := reader.read():
+                written[piece.stream] = piece.offset + len(piece.content)
+        except OSError as err:
+            _log.error("output of %s cannot be read: %s", entry.command_id, err)
         reader.close()
     return written
 

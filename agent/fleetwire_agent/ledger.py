@@ -22,7 +22,7 @@ from fleetwire_agent.runner.files import keep_reserve
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
 from fleetwire_agent.runners import COMMANDS
 from fleetwire_shared.codec import decode, encode
-from fleetwire_shared.errors import ConflictError, UnavailableError
+from fleetwire_shared.errors import ConflictError, ProtocolError, UnavailableError
 from fleetwire_shared.limits import COMMAND_PREVIEW_CHARACTERS, OUTPUT_WINDOW_BYTES
 from fleetwire_shared.messages import (
     FROM_AGENT,
@@ -58,7 +58,7 @@ class Entry:
     expires_boottime: float  # seconds of CLOCK_BOOTTIME; counts within one boot, whatever is done to the clock
     state: State = State.ACCEPTED
     attempt: int = 1  # its directory's; a new one after it is proved that the last one did not start the shell
-    started_boot_id: str | None = None  # of the boot in which it was last about to start
+    started_boot_id: str | None = None  # of the boot in which it was last about to start; None: never, or not known
     started_at: float | None = None
     ending: Ending | None = None
     directory: Path | None = None  # of its output, once it has one
@@ -188,11 +188,10 @@ class Ledger:
         except OSError as err:
             problem = f"the ledger in {self._directory} cannot be used: {err.strerror}"
             raise UnavailableError(f"{problem}; make the directory writable, or give another with --state-dir") from err
-        for record in records:
-            self._replay(json.loads(record))
-        if is_damaged:
-            _log.error("the ledger was damaged: commands may have been forgotten")
-            self.instance_id = self._new_instance_id
+        understood = [self._try_to_replay(record) for record in records]
+        if is_damaged or not all(understood):
+            _log.error("the ledger is damaged: commands may have been forgotten")
+            self._doubt()
         for entry in self._entries.values():
             entry.is_on_disk = entry.is_accepted_sent = True
             entry.is_ending_on_disk = entry.ending is not None
@@ -211,6 +210,26 @@ class Ledger:
             if entry.output is not None:
                 entry.output.close()
         self._file.close()
+
+    def _try_to_replay(self, record: bytes) -> bool:
+        """Return whether the record is understood: one that is whole may be of a newer agent."""
+        try:
+            self._replay(json.loads(record))
+        except (ProtocolError, ValueError, KeyError, TypeError, AttributeError) as err:
+            _log.error("a record of the ledger cannot be read: %s %s in %.200r", type(err).__name__, err, record)
+            return False
+        return True
+
+    def _doubt(self) -> None:
+        """Be another instance, as records are missing; what seems not to have been started may be one that ran."""
+        self.instance_id = self._new_instance_id
+        for entry in self._entries.values():
+            if entry.state in (State.ACCEPTED, State.STARTING):
+                entry.state, entry.started_boot_id = State.STARTING, None
+                places = self._commands_directory.glob(f"{entry.command_id}.*")
+                attempts = [int(place.suffix[1:]) for place in places if place.suffix[1:].isdecimal()]
+                entry.attempt = max([entry.attempt, *attempts])
+        self._file.compact()  # or the next agent would doubt what this one has settled
 
     def _replay(self, record: dict[str, Any]) -> None:
         entry = self._entries.get(record.get("command_id", ""))
@@ -336,9 +355,16 @@ class Ledger:
 
     def record_never_ran(self, entry: Entry) -> None:
         self._move(entry, Event.NEVER_RAN)
-        self.forget_directory(entry)
+        self._close_output(entry)
+        proof = self.directory_of(entry)
         entry.attempt += 1
-        self._append({"record": "never_ran", "command_id": entry.command_id, "attempt": entry.attempt})
+        saved = self._append({"record": "never_ran", "command_id": entry.command_id, "attempt": entry.attempt})
+
+        def note(saved: "asyncio.Future[None]") -> None:
+            if saved.exception() is None:
+                shutil.rmtree(proof, ignore_errors=True)
+
+        saved.add_done_callback(note)
 
     def finish(self, entry: Entry, ending: Ending, event: Event = Event.FINISHED) -> None:
         """Write down how a command ended; the server is told when that is on disk."""
@@ -398,7 +424,7 @@ class Ledger:
         del self._entries[command_id]
         self._remember(entry.ending)
         self._append({"record": "stored", "command_id": command_id}, is_durable=False)
-        self.forget_directory(entry)
+        self._forget_directory(entry)
         self._update_reported()
 
     def mute(self, entry: Entry) -> None:
@@ -417,7 +443,7 @@ class Ledger:
         self.news.set()
         if entry.directory is None:
             return
-        entry.spool_bytes = measure(str(entry.directory))
+        entry.spool_bytes = _measure(entry.directory)
         excess_bytes = sum(each.spool_bytes for each in self._entries.values()) - self._spool_bytes
         if excess_bytes > 0:
             self._drop_output(excess_bytes)
@@ -439,21 +465,24 @@ class Ledger:
                 entry.command_id,
                 self._spool_bytes,
             )
-            left_bytes = measure(str(entry.directory))
+            left_bytes = _measure(entry.directory)
             excess_bytes -= entry.spool_bytes - left_bytes
             entry.spool_bytes = left_bytes
 
-    def forget_directory(self, entry: Entry) -> None:
+    def _forget_directory(self, entry: Entry) -> None:
+        self._close_output(entry)
+        shutil.rmtree(self.directory_of(entry), ignore_errors=True)
+
+    def _close_output(self, entry: Entry) -> None:
         if entry.output is not None:
             entry.output.close()
         entry.output, entry.directory, entry.spool_bytes = None, None, 0
-        shutil.rmtree(self.directory_of(entry), ignore_errors=True)
 
     def _find_output(self, entry: Entry) -> None:
         directory = self.directory_of(entry)
         if directory.is_dir():
             entry.open_output(directory)
-            entry.spool_bytes = measure(str(directory))
+            entry.spool_bytes = _measure(directory)
 
     def _remove_strays(self) -> None:
         known = {self.directory_of(entry) for entry in self._entries.values()}
@@ -482,6 +511,15 @@ class Ledger:
             self.is_reported.clear()
         else:
             self.is_reported.set()
+
+
+def _measure(directory: Path) -> int:
+    """Return the bytes that output takes there; what cannot be read takes none."""
+    try:
+        return measure(str(directory))
+    except OSError as err:
+        _log.error("output in %s cannot be read: %s", directory, err)
+        return 0
 
 
 def _accepted(entry: Entry) -> dict[str, Any]:

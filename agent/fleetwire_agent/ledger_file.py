@@ -132,6 +132,10 @@ class LedgerFile:
         self._flush_soon()
         return done
 
+    def compact(self) -> None:
+        """Have the next record follow upon those that still count, and nothing else."""
+        self._compact(self._list_live())
+
     def _compact(self, records: Iterable[bytes]) -> None:
         self._generation += 1
         frames = [_build_frame(record, number, self._generation) for number, record in enumerate(records)]

@@ -134,10 +134,10 @@ class RunnerLink:
 
 
 def connect(directory: Path) -> RunnerLink | None:
-    """Return a link to the runner of the directory, None when none listens there."""
+    """Return a link to the runner of the directory, None when none listens there. Raises OSError: nobody can tell."""
     try:
         place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     peer.setblocking(False)

@@ -102,9 +102,9 @@ class Rig:
         assert entry is not None
         return entry
 
-    async def run(self, command: str, *, timeout_seconds: float = 30.0) -> CommandFinished:
-        self.commands.offer(make_offer(command, timeout_seconds=timeout_seconds))
-        return await self.result_of()
+    async def run(self, command: str, *, command_id: str = "cmd_1", timeout_seconds: float = 30.0) -> CommandFinished:
+        self.commands.offer(make_offer(command, command_id=command_id, timeout_seconds=timeout_seconds))
+        return await self.result_of(command_id)
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from tests.agent.command_rig import make_offer
 
 from fleetwire_agent.command_states import Event, State
 from fleetwire_agent.ledger import SPOOL_BYTES, Entry, Ledger
+from fleetwire_agent.ledger_file import LedgerFile
 from fleetwire_agent.runner.spool import SEGMENT_BYTES, SpoolWriter, list_segments
 from fleetwire_shared.errors import ConflictError
 from fleetwire_shared.messages import (
@@ -210,6 +211,45 @@ async def test_a_damaged_ledger_is_another_instance_and_keeps_what_it_can(tmp_pa
         assert [entry.command_id for entry in opened.found] == ["cmd_0", "cmd_2"]
     async with open_ledger(tmp_path, new_instance_id="third") as opened:
         assert opened.ledger.instance_id == "second"
+
+
+async def test_records_that_are_not_understood_are_damage_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_ledger(tmp_path) as opened:
+        for name in ("waiting", "starting", "running"):
+            await opened.add(f"cmd_{name}")
+        await opened.ledger.record_starting(opened.get("cmd_starting"))
+        await opened.ledger.record_starting(opened.get("cmd_running"))
+        opened.ledger.record_running(opened.get("cmd_running"), 7.0)
+    await append_raw(
+        tmp_path,
+        b"not JSON",
+        b"[]",
+        b'{"record": "accepted", "offer": "{}"}',
+        b'{"record": "starting", "command_id": "cmd_waiting"}',
+        b'{"record": "finished", "command_id": "cmd_running", "ending": "{\\"type\\": \\"command_vanished\\"}"}',
+        b'{"record": "of a newer agent"}',
+    )
+    for new_instance_id in ("second", "third"):
+        async with open_ledger(tmp_path, new_instance_id=new_instance_id) as opened:
+            assert opened.ledger.instance_id == "second"
+            assert {entry.command_id: (entry.state, entry.started_boot_id) for entry in opened.found} == {
+                "cmd_waiting": (State.STARTING, None),
+                "cmd_starting": (State.STARTING, None),
+                "cmd_running": (State.RUNNING, "boot"),
+            }
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("cannot be read" in text for text in said) == 5  # once each, as the next ledger is without them
+    assert any("command_vanished" in text for text in said)
+
+
+async def append_raw(directory: Path, *records: bytes) -> None:
+    file = LedgerFile(directory, lambda: ())
+    file.open()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*(file.append(record) for record in records))
+    file.close()
 
 
 async def test_two_agents_do_not_share_a_directory(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
+import struct
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -243,6 +246,101 @@ async def test_a_result_that_was_left_before_a_reboot_is_told(tmp_path: Path) ->
         assert (result.status, result.exit_code) == ("failed", 3)
 
 
+# ---------------------------------------------------------------- what cannot be read
+
+
+async def test_after_damage_to_the_ledger_what_seems_to_wait_is_not_run(tmp_path: Path) -> None:
+    """The record that it was started, and all that followed, may be what is missing."""
+    state = tmp_path / "state"
+    ledger = Ledger(state, boot_id="boot", new_instance_id="first")
+    ledger.open()
+    ledger.begin()
+    for name in ("cmd_1", "cmd_2"):
+        _, saved = ledger.add(make_offer(f"echo {name} >> {tmp_path}/runs", command_id=name))
+        await saved
+    ledger.close()
+    content = (state / "ledger.0").read_bytes()
+    (state / "ledger.0").write_bytes(content.replace(b"first", b"worst"))  # the record before both
+    for _ in range(2):
+        async with open_rig(state, instance_id="second") as rig:
+            for name in ("cmd_1", "cmd_2"):
+                result = await rig.result_of(name)
+                assert (result.status, result.error) == (
+                    "interrupted",
+                    "the agent's ledger was damaged: whether the command ran is not known, and it will not run now",
+                )
+            assert rig.ledger.instance_id == "second"
+    assert not (tmp_path / "runs").exists()
+
+
+def put_a_directory_for_the_result(directory: Path) -> None:
+    (directory / files.RESULT).mkdir()
+
+
+def put_a_file_for_the_directory(directory: Path) -> None:
+    shutil.rmtree(directory)
+    directory.touch()
+
+
+def remove_the_directory(directory: Path) -> None:
+    shutil.rmtree(directory)
+
+
+def leave_a_result_of_another_version(directory: Path) -> None:
+    content = json.dumps({**make_result()._asdict(), "status": "paused"}).encode()
+    header = struct.pack(">4sII", b"FWR1", len(content), zlib.crc32(content))
+    (directory / files.RESULT).write_bytes(header + content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (put_a_directory_for_the_result, "cannot be read from the host's disk"),
+        (put_a_file_for_the_directory, "was killed"),
+        (remove_the_directory, "was killed"),
+        (leave_a_result_of_another_version, "not known to this version of the agent"),
+    ],
+)
+async def test_an_agent_starts_whatever_was_done_to_a_commands_directory(
+    tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    state = tmp_path / "state"
+    await leave_starting(state, f"echo ran >> {tmp_path}/runs")
+    directory = state / "commands" / "cmd_1.1"
+    assert files.claim(str(directory), "runner")
+    damage(directory)
+    async with open_rig(state) as rig:
+        result = await rig.result_of()
+        assert result.status == "interrupted"
+        assert said in (result.error or "")
+        assert (await rig.run("echo well", command_id="cmd_2")).status == "succeeded"
+    assert not (tmp_path / "runs").exists()
+
+
+async def test_a_command_whose_directory_is_removed_while_it_runs_is_interrupted_and_not_run_again(
+    tmp_path: Path,
+) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(tmp_path / "state") as rig:
+        rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs; echo $$; cat {gate}; echo more"))
+        await rig.first_line()
+        directory = rig.entry().directory
+        assert directory
+        await asyncio.to_thread(shutil.rmtree, directory)
+        await asyncio.to_thread(gate.write_text, "")
+        assert (await rig.result_of()).status == "interrupted"
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+def test_of_a_newer_runners_result_what_is_known_is_read(tmp_path: Path) -> None:
+    fields = {**make_result()._asdict(), "killed": [[7, "sh", "KILL", "new"]], "peak_bytes": 5}
+    content = json.dumps(fields).encode()
+    header = struct.pack(">4sII", b"FWR1", len(content), zlib.crc32(content))
+    (tmp_path / files.RESULT).write_bytes(header + content)
+    assert files.read_result(str(tmp_path)) == make_result()._replace(killed=[files.Killed(7, "sh", "KILL")])
+
+
 # ---------------------------------------------------------------- about to start
 
 
@@ -253,6 +351,7 @@ async def leave_starting(directory: Path, command: str) -> None:
     ledger.begin()
     entry, saved = ledger.add(make_offer(command))
     await saved
+    files.write_order(str(ledger.directory_of(entry)), make_order(command))
     await ledger.record_starting(entry)
     ledger.close()
 
@@ -275,7 +374,7 @@ async def test_what_an_agent_has_claimed_is_never_started_by_its_runner(tmp_path
         await make_launcher(spawner).launch(directory, order.command_id)
         link = connect(directory)
         assert link
-        assert files.claim(str(directory))
+        assert files.claim(str(directory), "agent")
         link.send("go")
         async with asyncio.timeout(5):
             assert await link.receive() is None
@@ -297,7 +396,7 @@ async def test_a_runner_whose_agent_leaves_without_a_word_never_starts(tmp_path:
             while (later := connect(directory)) is not None:
                 later.close()
                 await asyncio.sleep(0.02)
-    assert files.claim(str(directory))
+    assert files.claim(str(directory), "agent")
     assert not (tmp_path / "ran").exists()
 
 
@@ -318,7 +417,7 @@ async def test_a_runner_that_is_told_to_stop_before_it_began_ends_at_once(tmp_pa
         async with asyncio.timeout(5):
             assert await link.receive() is None
         link.close()
-    assert files.claim(str(directory))
+    assert files.claim(str(directory), "agent")
     assert not (tmp_path / "ran").exists()
 
 
@@ -348,8 +447,7 @@ async def test_a_claim_without_a_runner_is_an_interrupted_command(tmp_path: Path
     state = tmp_path / "state"
     await leave_starting(state, f"touch {tmp_path}/ran")
     directory = state / "commands" / "cmd_1.1"
-    files.write_order(str(directory), make_order("true"))
-    assert files.claim(str(directory))
+    assert files.claim(str(directory), "runner")
     async with open_rig(state) as rig:
         assert (await rig.result_of()).status == "interrupted"
         assert rig.ledger.state_of("cmd_1") is State.FINISHED
@@ -447,8 +545,9 @@ def test_a_result_that_is_too_large_lists_fewer_of_the_killed(tmp_path: Path) ->
 
 
 def test_only_the_first_claims(tmp_path: Path) -> None:
-    assert files.claim(str(tmp_path))
-    assert not files.claim(str(tmp_path))
+    assert files.claim(str(tmp_path), "agent")
+    assert not files.claim(str(tmp_path), "runner")
+    assert files.claim(str(tmp_path), "agent")  # also the next agent knows that it never ran
 
 
 def test_an_order_is_read_back(tmp_path: Path) -> None:

@@ -5,12 +5,12 @@ import json
 import os
 import struct
 import zlib
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 ORDER: Final = "order.json"
 CLAIM: Final = "claim"
 """Made by whoever is first: by the runner when it is about to start the shell, or by an agent that wants to be sure
-that it never will. Empty."""
+that it never will. A link to nowhere that says who: so it can be made in one step, also where the disk is full."""
 
 TRACES: Final = "traces"
 """Written by the runner: where to find what it started, for an agent that finds the runner killed."""
@@ -113,12 +113,13 @@ def read_order(directory: str) -> Order:
         return Order(**json.load(file))
 
 
-def claim(directory: str) -> bool:
-    """Return whether the command is the caller's to start, or never to be started: only the first gets it."""
+def claim(directory: str, who: Literal["runner", "agent"]) -> bool:
+    """Return whether the command is the runner's to start, or the agent's, so that it is never started from there: it
+    belongs to the first, and stays with it. Raises OSError."""
     try:
-        os.close(os.open(f"{directory}/{CLAIM}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        os.symlink(who, f"{directory}/{CLAIM}")  # noqa: PTH211
     except FileExistsError:
-        return False
+        return os.readlink(f"{directory}/{CLAIM}") == who  # noqa: PTH115
     return True
 
 
@@ -140,7 +141,7 @@ def read_traces(directory: str) -> Traces | None:
             fields = json.load(file)
         shell = fields["shell"] and (int(fields["shell"][0]), int(fields["shell"][1]))
         return Traces(int(fields["runner_pid"]), fields["control_group"], shell)
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
@@ -163,12 +164,21 @@ def write_result(descriptor: int, directory: str, result: Result) -> None:
         sync_directory(path)
 
 
+class UnknownResultError(Exception):
+    """There is a result, of another version of the runner, and it is not understood; the message says which."""
+
+
 def read_result(directory: str) -> Result | None:
-    """Return the result, None when there is none yet, or only a part of it."""
+    """Return the result, None when there is none yet, or only a part of it.
+
+    What a newer runner says beyond it is left out.
+
+    Raises:
+        OSError: the disk cannot be read. UnknownResultError."""
     try:
         with open(f"{directory}/{RESULT}", "rb") as file:  # noqa: PTH123
             stored = file.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if len(stored) < _RESULT_HEADER.size:
         return None
@@ -176,9 +186,18 @@ def read_result(directory: str) -> Result | None:
     content = stored[_RESULT_HEADER.size : _RESULT_HEADER.size + length]
     if magic != _RESULT_MAGIC or not content or len(content) != length or zlib.crc32(content) != checksum:
         return None
-    fields: dict[str, Any] = json.loads(content)
-    fields["killed"] = [Killed(*each) for each in fields["killed"]]
-    return Result(**fields)
+    try:
+        return _parse_result(json.loads(content))
+    except (ValueError, LookupError, TypeError) as err:
+        raise UnknownResultError(f"{directory}/{RESULT}: {type(err).__name__} {err}") from err
+
+
+def _parse_result(fields: dict[str, Any]) -> Result:
+    """Raises ValueError, LookupError or TypeError: it is something else."""
+    if fields["status"] not in get_args(ResultStatus):
+        raise ValueError(f"status {fields['status']!r} is not known")
+    result = Result(**{name: fields[name] for name in Result._fields})
+    return result._replace(killed=[Killed(each[0], each[1], each[2]) for each in result.killed])
 
 
 def _encode(result: Result) -> bytes:

@@ -34,9 +34,13 @@ class Piece(NamedTuple):
 
 
 def list_segments(directory: str) -> list[int]:
-    """Return the positions at which the segments that are there begin, in order."""
-    names = os.listdir(directory)  # noqa: PTH208 - pathlib costs a runner its import
-    return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.startswith(_PREFIX))
+    """Return the positions at which the segments that are there begin, in order; none where the directory is gone."""
+    try:
+        names = os.listdir(directory)  # noqa: PTH208 - pathlib costs a runner its import
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    places = (name.removeprefix(_PREFIX) for name in names if name.startswith(_PREFIX))
+    return sorted(int(place) for place in places if place.isdecimal())
 
 
 def measure(directory: str) -> int:

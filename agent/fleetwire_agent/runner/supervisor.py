@@ -367,7 +367,7 @@ def _run(directory: str) -> int:
     signal.signal(signal.SIGTERM, supervisor.note_signal)
     tell_ready("")
     try:
-        if _await_go(link, supervisor) and claim("."):
+        if _await_go(link, supervisor) and claim(".", "runner"):
             supervisor.run()
     finally:
         link.close()
