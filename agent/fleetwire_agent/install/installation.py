@@ -41,7 +41,7 @@ from fleetwire_agent.install.layout import (
 )
 from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Service, make_service
-from fleetwire_agent.install.texts import build_launcher, build_settings, parse_settings
+from fleetwire_agent.install.texts import build_launcher, build_settings, find_state_directory, parse_settings
 from fleetwire_agent.install.users import add_user, is_our_user, remove_user
 from fleetwire_agent.status import KEY_NOT_ACCEPTED, KEY_REVOKED, STATUS_NAME, Status, is_alive, read_status
 from fleetwire_shared.limits import AGENT_KEY_PATTERN
@@ -217,7 +217,8 @@ def _change(plan: Plan, changes: Changes, report: Report) -> Status | None:
             changes.plan("start the agent")
         return None
     if is_changed or is_unpacked or not was_active:
-        changes.do("start the agent", lambda: _start_anew(service), service.stop)
+        state = find_state_directory(plan.settings)
+        changes.do("start the agent", lambda: _start_anew(service, state), service.stop)
         say("start", "the agent runs")
     if not options.is_waiting:
         return None
@@ -327,7 +328,7 @@ def wait_until_connected(plan: Plan, report: Report, *, seconds: float) -> Statu
         InstallError: it is not in time, or cannot be; with the agent's own reason."""
     deadline = time.monotonic() + seconds
     next_death_at = 0.0
-    state = _state_directory(plan)
+    state = find_state_directory(plan.settings)
     while True:
         status = read_status(state)
         if status is not None and status.version == plan.bundle.version and is_alive(status):
@@ -357,13 +358,9 @@ def _describe_timeout(state: Path, status: Status | None, seconds: float) -> Ins
     return InstallError(reason, f"the agent did not connect to the server within {seconds:.0f} seconds: {why}")
 
 
-def _state_directory(plan: Plan) -> Path:
-    return Path(str(parse_settings(plan.settings).get("state_dir", STATE)))
-
-
-def _start_anew(service: Service) -> None:
+def _start_anew(service: Service, state: Path) -> None:
     service.stop()
-    (STATE / STATUS_NAME).unlink(missing_ok=True)  # what it says next is of the agent that is started now
+    (state / STATUS_NAME).unlink(missing_ok=True)  # what it says next is of the agent that is started now
     service.start()
 
 
@@ -404,7 +401,7 @@ def _undo(plan: Plan, changes: Changes, err: BaseException) -> InstallError:
 def _describe_return(plan: Plan) -> str:
     deadline = time.monotonic() + RETURN_SECONDS
     while time.monotonic() < deadline:
-        status = read_status(_state_directory(plan))
+        status = read_status(find_state_directory(plan.settings))
         is_back = status is not None and status.version == plan.version_before and is_alive(status)
         if status is not None and is_back and status.state == "connected":
             return f": version {plan.version_before} is connected again"

@@ -156,6 +156,11 @@ def parse_settings(text: str) -> Mapping[str, Any]:
         raise InstallError("failed", f"{SETTINGS} is not TOML ({err}); correct it or remove it") from err
 
 
+def find_state_directory(settings: str) -> Path:
+    """Return where an agent with these settings keeps its state: a person may have said. Raises InstallError."""
+    return Path(str(parse_settings(settings).get("state_dir", STATE)))
+
+
 def _assigned_name(line: str) -> str | None:
     name, is_assignment, _ = line.partition("=")
     return name.strip().strip("\"'") if is_assignment else None

@@ -26,6 +26,7 @@ from fleetwire_agent.install.layout import (
 )
 from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Plain, Service, make_service, read_supervisor
+from fleetwire_agent.install.texts import find_state_directory
 from fleetwire_agent.install.users import is_our_user, remove_user
 from fleetwire_agent.runners import COMMANDS, stop_commands
 from fleetwire_agent.version import program_root
@@ -53,6 +54,7 @@ def run_uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outc
 def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome:
     service = make_service(find_init())
     paths = list_installed(is_purging=is_purging)
+    state = _find_state()
     if not paths and not is_our_user():
         kept = [str(path) for path in _KEPT if path.exists()]
         rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
@@ -67,15 +69,22 @@ def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome
     if is_ours(UNIT) or is_ours(INIT_SCRIPT) or isinstance(service, Plain):
         service.stop()
         report.step("stop", "the agent is stopped")
-    stopped = stop_commands(STATE / COMMANDS)
+    stopped = stop_commands(state / COMMANDS)
     if stopped:
         report.step("stop", f"{stopped} running commands are stopped")
     removed = remove_all(service, is_purging=is_purging, is_leaving=False)
     for name in removed:
         report.step("remove", name)
-    kept = [str(path) for path in _KEPT if path.exists()]
+    kept = [str(path) for path in dict.fromkeys((*_KEPT, state)) if path.exists()]
     rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
     return _outcome("uninstalled", f"The Fleetwire agent is removed{rest}")
+
+
+def _find_state() -> Path:
+    try:
+        return find_state_directory(SETTINGS.read_text(encoding="utf-8"))
+    except (OSError, ValueError, InstallError):  # it is removed all the same
+        return STATE
 
 
 def _outcome(result: Result, detail: str) -> Outcome:
