@@ -12,7 +12,10 @@ COMMAND_ID_VARIABLE: Final = "FLEETWIRE_COMMAND_ID"
 COMMAND_DIRECTORY_VARIABLE: Final = "FLEETWIRE_COMMAND_DIRECTORY"
 """Marks every process of a command in its environment, also one that left the session and lost its parents. The
 directory is one of this agent's alone, whatever other agents the host has, and of one attempt."""
-_PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
+REAPED_AT_ONCE: Final = 200
+"""Children that ended, collected before a subreaper looks at its other work: what only forks may add them as fast."""
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
 class ProcessRow(NamedTuple):

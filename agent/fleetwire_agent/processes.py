@@ -20,6 +20,7 @@ from typing import Final, Self
 
 from fleetwire_agent.process_table import (
     COMMAND_ID_VARIABLE,
+    REAPED_AT_ONCE,
     Family,
     ProcessRow,
     read_process,
@@ -206,7 +207,7 @@ class Spawner:
         if self._sharers:
             self._reap_own()
             return
-        while True:
+        for _ in range(REAPED_AT_ONCE):
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -215,6 +216,7 @@ class Spawner:
                 return
             if process := self._processes.pop(pid, None):
                 process.note_exit(os.waitstatus_to_exitcode(status))
+        asyncio.get_running_loop().call_soon(self._reap)
 
     def _reap_own(self) -> None:
         for pid in list(self._processes):

@@ -22,6 +22,7 @@ from fleetwire_agent.processes import Spawner
 from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
+from fleetwire_agent.runner.stop import describe_survivors
 from fleetwire_agent.runners import Launcher, connect, kill_leftovers
 from fleetwire_shared.messages import CommandCancel
 
@@ -542,6 +543,21 @@ def test_a_result_that_is_too_large_lists_fewer_of_the_killed(tmp_path: Path) ->
     result = files.read_result(str(tmp_path))
     assert result
     assert (len(result.killed), result.killed_count) == (250, 1000)
+
+
+def test_a_result_of_a_long_error_is_cut_to_what_fits(tmp_path: Path) -> None:
+    descriptor = files.allocate_result(str(tmp_path))
+    files.write_result(descriptor, str(tmp_path), make_result(killed=100)._replace(error="\x00" * 100_000))
+    os.close(descriptor)
+    result = files.read_result(str(tmp_path))
+    assert result
+    assert (result.error, len(result.killed)) == ("\x00" * files.MAX_ERROR_CHARACTERS, 100)
+
+
+def test_not_all_survivors_of_a_fork_bomb_are_named() -> None:
+    assert describe_survivors([7, 9]) == "processes 7, 9 survived SIGKILL"
+    sentence = describe_survivors(list(range(20_000)))
+    assert sentence.endswith("18, 19 and 19980 more survived SIGKILL")
 
 
 def test_only_the_first_claims(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ that somebody can still run what frees it."""
 
 RESERVE_BYTES: Final = 4 * 1024 * 1024
 
+MAX_ERROR_CHARACTERS: Final = 1000
 MAX_RESULT_BYTES: Final = 64 * 1024
 """Allocated before the shell starts, so that the end can be written to a disk that is full by then."""
 
@@ -153,7 +154,8 @@ def allocate_result(directory: str) -> int:
 
 
 def write_result(descriptor: int, directory: str, result: Result) -> None:
-    """Write the result so that a power cut leaves all of it or none. Raises OSError."""
+    """Write the result so that a power cut leaves all of it or none; of one that is too large, less. Raises OSError."""
+    result = result._replace(error=result.error and result.error[:MAX_ERROR_CHARACTERS])
     content = _encode(result)
     while len(content) > MAX_RESULT_BYTES:
         result = result._replace(killed=result.killed[: len(result.killed) // 2])

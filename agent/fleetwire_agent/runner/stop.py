@@ -9,6 +9,7 @@ from fleetwire_agent.runner.control_group import ControlGroup
 from fleetwire_agent.runner.files import Killed
 
 MAX_LISTED: Final = 100
+MAX_NAMED: Final = 20
 BOMB_PROCESSES: Final = 1000
 """A command of more than these gets no grace: it may be one that only forks, and would fill the host meanwhile."""
 
@@ -85,6 +86,13 @@ class Stop:
             self._listed[row.identity] = self._listed[row.identity]._replace(signal=name)
         elif len(self._listed) < MAX_LISTED:
             self._listed[row.identity] = Killed(row.pid, read_command_line(row.pid), name)
+
+
+def describe_survivors(pids: list[int]) -> str:
+    """Return the sentence on what SIGKILL did not end; not all are named where they are many."""
+    named = ", ".join(str(pid) for pid in pids[:MAX_NAMED])
+    rest = f" and {len(pids) - MAX_NAMED} more" if len(pids) > MAX_NAMED else ""
+    return f"processes {named}{rest} survived SIGKILL"
 
 
 def read_command_line(pid: int) -> str:

@@ -14,6 +14,7 @@ from typing import Final
 
 from fleetwire_agent.process_table import (
     COMMAND_DIRECTORY_VARIABLE,
+    REAPED_AT_ONCE,
     Family,
     ProcessRow,
     read_process,
@@ -36,7 +37,7 @@ from fleetwire_agent.runner.files import (
 )
 from fleetwire_agent.runner.shell import OutputPipe, Shell, protect_from_oom
 from fleetwire_agent.runner.spool import SpoolWriter
-from fleetwire_agent.runner.stop import Stop
+from fleetwire_agent.runner.stop import Stop, describe_survivors
 
 GO_SECONDS: Final = 60.0
 """How long a runner that is ready waits for the word to start; the agent is gone, or has changed its mind."""
@@ -48,6 +49,9 @@ PATIENCE_SECONDS: Final = 10.0
 """How long a command waits for room while its agent fetches nothing: the link hangs, or the agent is stopped."""
 
 RETRY_SECONDS: Final = 1.0
+RESULT_SECONDS: Final = 3600.0
+"""How long a runner tries to write down how its command ended; after that nobody knows."""
+
 _STATE: Final = "../.."  # of the agent, seen from the command's directory
 _MAX_WORD_BYTES: Final = 200
 _SHUTDOWN: Final = "stopped by the service manager, as when the host shuts down"
@@ -143,6 +147,7 @@ class Supervisor:
         self._started_at = 0.0
         self._began = 0.0  # monotonic
         self._waits_when_full = False  # the agent is connected to its server: output waits instead of being dropped
+        self._has_dead = False  # that are still to be buried
         self._blocked_since: float | None = None
         self._is_impatient = False
         self._told_position = 0
@@ -203,6 +208,8 @@ class Supervisor:
             moments.append(self._exited_at + BACKGROUND_OUTPUT_SECONDS)
         if self._blocked_since is not None:
             moments.append(self._blocked_since + PATIENCE_SECONDS)
+        if self._has_dead:
+            moments.append(now)
         poller.poll(max(0.0, min(moments) - now) * 1000 + 1)
 
     def _listen(self) -> None:
@@ -255,7 +262,8 @@ class Supervisor:
                 is_exit = info.si_code == os.CLD_EXITED
                 self._note_exit(info.si_status if is_exit else 128 + info.si_status, now)
             return
-        while True:  # as child subreaper this process has its orphans to bury, too
+        self._has_dead = False
+        for _ in range(REAPED_AT_ONCE):  # as child subreaper this process has its orphans to bury, too
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -265,6 +273,7 @@ class Supervisor:
             if pid == self._root.pid:
                 code = os.waitstatus_to_exitcode(status)
                 self._note_exit(code if code >= 0 else 128 - code, now)
+        self._has_dead = True
 
     def _note_exit(self, exit_code: int, now: float) -> None:
         self._exit_code, self._exited_at = exit_code, now
@@ -303,7 +312,7 @@ class Supervisor:
             self._finish("succeeded" if self._exit_code == 0 else "failed", exit_code=self._exit_code)
             return
         if self._stop.survivors:
-            self._error = f"processes {self._stop.survivors} survived SIGKILL"
+            self._error = describe_survivors(self._stop.survivors)
         self._finish(self._stop_status, error=self._error)
 
     def _finish(self, status: ResultStatus, *, exit_code: int | None = None, error: str | None = None) -> None:
@@ -322,10 +331,13 @@ class Supervisor:
             killed=self._stop.killed if self._stop is not None else [],
             killed_count=self._stop.killed_count if self._stop is not None else 0,
         )
+        deadline = time.monotonic() + RESULT_SECONDS
         while True:
             try:
                 write_result(self._result, ".", result)
             except OSError:  # a disk that fails may be back; nobody else knows how this ended
+                if self.is_terminated or time.monotonic() >= deadline:
+                    return
                 time.sleep(RETRY_SECONDS)
             else:
                 break
