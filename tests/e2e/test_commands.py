@@ -74,11 +74,12 @@ async def test_a_stopped_command_leaves_nothing_and_the_result_says_what_was_kil
     assert ended["killed_count"] == len(ended["killed"])
 
     # The same where nobody is left to stop it: the unit's main process is its runner.
-    command_id = await e2e_api.submit(agent_id, f"{escaping} echo ready; sleep 7777", timeout=60)
+    orphan = "(setsid env -i /bin/sleep 7777 >/dev/null 2>&1 &)"
+    command_id = await e2e_api.submit(agent_id, f"{orphan}; {escaping} echo ready; sleep 7777", timeout=60)
     await e2e_api.wait_for_command(agent_id, command_id, "running")
     await eventually(
-        lambda: asyncio.to_thread(host.exec, "pgrep -cf 'sleep 777[7]'", check=False),
-        lambda said: int(said.stdout) >= 3,
+        lambda: asyncio.to_thread(host.exec, "pgrep -cx sleep", check=False),
+        lambda said: int(said.stdout) >= 4,
         timeout_seconds=30,
     )
     host.exec("kill -9 $(systemctl show -P MainPID 'fleetwire-cmd-*')")
