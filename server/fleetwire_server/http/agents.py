@@ -196,8 +196,8 @@ async def receive_report(request: web.Request) -> web.Response:
             uptime_s=body.uptime_s,
         ),
     )
-    pending = await store.read(partial(commands.list_open, agent_id=agent_id))
-    return answer(ReportAnswer(status="ok", pending_commands=len(pending)))
+    pending = await store.read(partial(commands.count_open, agent_id=agent_id))
+    return answer(ReportAnswer(status="ok", pending_commands=pending))
 
 
 def _agent_answer(request: web.Request, agent: Agent) -> AgentAnswer:

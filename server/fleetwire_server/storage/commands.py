@@ -27,6 +27,7 @@ _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
 _OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
+_GIVEN = tuple(status for status in _OPEN if status != CommandStatus.QUEUED.value)
 _STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 
 
@@ -103,11 +104,29 @@ def list_commands(connection: Connection, agent_id: str, limit: int = 100) -> li
     return [_command_from(row) for row in connection.execute(newest)]
 
 
-def list_open(connection: Connection, agent_id: str) -> list[Command]:
-    """Return the agent's commands that are not over, oldest first."""
-    wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
-    # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
-    return [_command_from(row) for row in sorted(connection.execute(wanted), key=lambda row: row.sequence)]
+def count_open(connection: Connection, agent_id: str) -> int:
+    """Return how many of the agent's commands are not over."""
+    wanted = select(func.count()).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
+    return connection.execute(wanted).scalar_one()
+
+
+def list_queued(connection: Connection, agent_id: str, limit: int) -> list[Command]:
+    """Return the first of the agent's commands that are queued, oldest first.
+
+    Of ten thousand that wait, each of up to 128 KiB, only these are read: this is called whenever one has ended."""
+    queued = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status == CommandStatus.QUEUED.value)
+    return [_command_from(row) for row in connection.execute(queued.order_by(COMMANDS.c.sequence).limit(limit))]
+
+
+def list_ended_alone(connection: Connection, agent_id: str, limit: int) -> list[Command]:
+    """Return some of the agent's commands that were ended here without its word, see Command.is_ended_alone."""
+    wanted = select(COMMANDS).where(
+        COMMANDS.c.agent_id == agent_id,
+        COMMANDS.c.status.in_([CommandStatus.CANCELLED.value, CommandStatus.EXPIRED.value]),
+        COMMANDS.c.offered_to.is_(None),
+        COMMANDS.c.accepted_at.is_(None),
+    )
+    return [_command_from(row) for row in connection.execute(wanted.limit(limit))]
 
 
 def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:
@@ -123,8 +142,10 @@ def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limi
         )
         .limit(limit)
     )
-    offered = [each for each in list_open(connection, agent_id) if each.status is not CommandStatus.QUEUED]
-    return offered + [_command_from(row) for row in connection.execute(lost)]
+    given = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_GIVEN))
+    # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
+    rows = sorted(connection.execute(given), key=lambda row: row.sequence)
+    return [_command_from(row) for row in (*rows, *connection.execute(lost))]
 
 
 def count_orphans(connection: Connection, agent_id: str) -> int:
@@ -132,9 +153,13 @@ def count_orphans(connection: Connection, agent_id: str) -> int:
     return connection.execute(wanted).scalar_one()
 
 
-def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
-    """Return queued commands whose time to be offered is over, oldest first."""
+def list_expirable(
+    connection: Connection, now: float, limit: int = 1000, *, agent_id: str | None = None
+) -> list[Command]:
+    """Return queued commands, of one agent where it is given, whose time to be offered is over, oldest first."""
     overdue = select(COMMANDS).where(COMMANDS.c.status == CommandStatus.QUEUED.value, COMMANDS.c.expires_at <= now)
+    if agent_id is not None:
+        overdue = overdue.where(COMMANDS.c.agent_id == agent_id)
     return [_command_from(row) for row in connection.execute(overdue.order_by(COMMANDS.c.sequence).limit(limit))]
 
 

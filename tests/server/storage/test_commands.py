@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -51,13 +51,43 @@ def test_a_command_for_a_deleted_agent_is_refused(connection: Connection) -> Non
         commands.add_command(connection, make_command())
 
 
-def test_history_is_newest_first_and_open_commands_oldest_first(with_command: Connection) -> None:
+def test_history_is_newest_first_and_queued_commands_oldest_first(with_command: Connection) -> None:
     for number in range(2, 6):
         commands.add_command(with_command, make_command(f"cmd_{number}"))
     commands.update_command(with_command, "cmd_3", [CommandStatus.QUEUED], status=CommandStatus.EXPIRED)
     commands.update_command(with_command, "cmd_4", [CommandStatus.QUEUED], status=CommandStatus.RUNNING)
     assert [each.id for each in commands.list_commands(with_command, "agent_1", 3)] == ["cmd_5", "cmd_4", "cmd_3"]
-    assert [each.id for each in commands.list_open(with_command, "agent_1")] == ["cmd_1", "cmd_2", "cmd_4", "cmd_5"]
+    assert [each.id for each in commands.list_queued(with_command, "agent_1", 2)] == ["cmd_1", "cmd_2"]
+    assert [each.id for each in commands.list_queued(with_command, "agent_1", 9)] == ["cmd_1", "cmd_2", "cmd_5"]
+    assert [commands.count_open(with_command, agent_id) for agent_id in ("agent_1", "agent_2")] == [4, 0]
+
+
+def test_only_what_was_ended_without_the_agents_word_is_ended_alone(with_command: Connection) -> None:
+    fields: list[dict[str, Any]] = [{}, {"offered_to": "i"}, {"accepted_at": 1.0}, {"agent_id": "agent_2"}]
+    agents.add_agent(with_command, make_agent("agent_2"), make_key("key2", "agent_2"))
+    made = [
+        make_command(f"cmd_{status}_{number}", status=status, **each)
+        for status in CommandStatus
+        for number, each in enumerate(fields)
+    ]
+    for command in made:
+        commands.add_command(with_command, command)
+    listed = commands.list_ended_alone(with_command, "agent_1", 99)
+    assert {command.id for command in listed} == {"cmd_cancelled_0", "cmd_expired_0"}
+    assert all(command.is_ended_alone for command in listed)
+    assert [command for command in made if command.is_ended_alone and command.agent_id == "agent_1"] == sorted(
+        listed, key=lambda command: command.id
+    )
+    assert len(commands.list_ended_alone(with_command, "agent_1", 1)) == 1
+
+
+def test_of_many_queued_commands_only_those_asked_for_are_read(with_command: Connection) -> None:
+    """By the plan: an index leads to the first ones, in order."""
+    plan = with_command.exec_driver_sql(
+        "EXPLAIN QUERY PLAN SELECT * FROM commands WHERE agent_id = 'a' AND status = 'queued' ORDER BY sequence LIMIT 9"
+    )
+    (step,) = [row[-1] for row in plan]
+    assert step == "SEARCH commands USING INDEX commands_agent_id_status (agent_id=? AND status=?)"
 
 
 def test_only_queued_commands_past_their_time_are_expirable(with_command: Connection) -> None:
