@@ -113,19 +113,6 @@ def get_agent_by_key(connection: Connection, key_hash: str, now: float) -> Agent
     return None if row is None else _agent_from(row)
 
 
-def list_keys(connection: Connection, agent_id: str, now: float) -> list[AgentKey]:
-    """Return the agent's valid keys, oldest first: more than one while a rotation is under way."""
-    rows = connection.execute(
-        select(AGENT_KEYS)
-        .where(AGENT_KEYS.c.agent_id == agent_id, _is_valid(now))
-        .order_by(AGENT_KEYS.c.created_at, AGENT_KEYS.c.key_hash)
-    )
-    return [
-        AgentKey(key_hash=row.key_hash, agent_id=row.agent_id, created_at=row.created_at, expires_at=row.expires_at)
-        for row in rows
-    ]
-
-
 def rotate_key(connection: Connection, key: AgentKey, *, others_expire_at: float) -> None:
     """Add a key and let the agent's other keys expire, at the given time or sooner where that was set.
 
