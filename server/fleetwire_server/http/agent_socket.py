@@ -175,6 +175,11 @@ class AgentConnection:
             replaced.link.close(CLOSE_REPLACED, "the agent connected again")
             # Its channels go the way of the link that failed: one that was cut off would stay silent for ever.
             await self._app[CHANNELS].close_agent(self._agent_id)
+        # A key that was revoked while its agent was being let in: whoever revoked it found no session to close.
+        by_key = partial(agents.get_agent_by_key, key_hash=self._key_hash, now=self._app[NOW]())
+        if await self._app[STORE].read(by_key) is None:
+            self.close(CLOSE_KEY_REVOKED, "the agent's key was revoked")
+            return
         logger.info("agent %s connected from %s, version %s", self._agent_id, self._ip, session.agent_version)
         self._app[INGEST].announce_agent(self._agent_id, "online")
         await self._app[DISPATCH].offer_waiting(session)

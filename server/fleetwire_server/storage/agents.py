@@ -100,6 +100,11 @@ def record_last_seen(connection: Connection, seen: Mapping[str, float]) -> None:
     )
 
 
+def revoke_keys(connection: Connection, agent_id: str) -> int:
+    """Remove all keys of the agent, so that it is let in no more; return how many."""
+    return connection.execute(delete(AGENT_KEYS).where(AGENT_KEYS.c.agent_id == agent_id)).rowcount
+
+
 def delete_agent(connection: Connection, agent_id: str) -> bool:
     """Remove an agent with its keys, commands, their output and its metrics; return whether it was there."""
     return connection.execute(delete(AGENTS).where(AGENTS.c.id == agent_id)).rowcount > 0

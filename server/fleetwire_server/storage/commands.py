@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from fleetwire_server.model import Command, CommandStatus, KilledProcess, OutputPiece
@@ -15,6 +15,10 @@ from fleetwire_shared.errors import NotFoundError
 from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
+
+PIECES_IN_TRANSACTION = 64
+"""Pieces of output removed at once, 4 MiB: a command may have 512 of them, and what deletes many megabytes in one
+transaction lets all others wait for seconds."""
 
 # Statements of every command's way are built once: building one takes longer than running it.
 _AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
@@ -338,16 +342,30 @@ def tail_outputs(connection: Connection, command_ids: Sequence[str], limit_bytes
 
 
 def delete_old_commands(connection: Connection, before: float, limit: int) -> int:
-    """Remove the oldest commands that are over and were made before then, with their output; return how many.
+    """Remove up to `limit` of the oldest commands that are over and were made before then, or some of their output.
 
-    With `limit`, each call is a short transaction: call again while it returns that many."""
+    Each call is a short transaction: call again while it returns `limit`."""
     oldest = (
         select(COMMANDS.c.sequence)
         .where(COMMANDS.c.created_at < before, COMMANDS.c.status.not_in(_OPEN))
         .order_by(COMMANDS.c.created_at)
         .limit(limit)
     )
+    if _delete_pieces(connection, COMMANDS.c.sequence.in_(oldest)):
+        return limit
     return connection.execute(delete(COMMANDS).where(COMMANDS.c.sequence.in_(oldest))).rowcount
+
+
+def delete_output_of_agent(connection: Connection, agent_id: str) -> bool:
+    """Remove some of the output of an agent's commands; return whether there may be more of it."""
+    return _delete_pieces(connection, COMMANDS.c.agent_id == agent_id)
+
+
+def _delete_pieces(connection: Connection, of_commands: ColumnElement[bool]) -> bool:
+    """Remove up to PIECES_IN_TRANSACTION pieces of these commands; return whether there may be more."""
+    key = (COMMAND_OUTPUT.c.command_id, COMMAND_OUTPUT.c.position)
+    some = select(*key).join_from(COMMANDS, COMMAND_OUTPUT).where(of_commands).limit(PIECES_IN_TRANSACTION)
+    return connection.execute(delete(COMMAND_OUTPUT).where(tuple_(*key).in_(some))).rowcount >= PIECES_IN_TRANSACTION
 
 
 def _fresh_pieces(pieces: Iterable[OutputPiece], output_end: int) -> tuple[list[OutputPiece], bool]:

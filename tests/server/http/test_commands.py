@@ -121,6 +121,14 @@ async def test_a_command_only_the_agent_knows_is_in_the_history_until_its_agent_
         assert await host.agent.hear_close() == 4001
 
 
+async def test_an_agent_that_is_deleted_while_it_connects_is_not_let_in(http_api: Api) -> None:
+    agent_id, key = await http_api.enrol("deleted")
+    async with asyncio.timeout(30), raw_agent(http_api.url, key) as agent:
+        await http_api.delete(f"/api/agents/{agent_id}")
+        await agent.say(make_hello())
+        assert await agent.hear_close() == 4001
+
+
 async def test_an_offer_that_was_never_answered_expires_by_the_agents_word(http_api: Api) -> None:
     agent_id, key = await http_api.enrol("slow to answer")
     async with asyncio.timeout(30), connected(http_api, agent_id, key, make_hello()) as first:
