@@ -69,6 +69,9 @@ MAX_QUESTIONS = 256
 """Commands one agent is asked about at a time, well below what may wait to be sent to it; the others are asked about
 when it has answered, or at its next connect."""
 
+MAX_POSITION = 1 << 62
+"""Of output; what is added to it still is an integer of 64 bits."""
+
 EXPIRY_ROUND_SECONDS = 1.0
 
 _LOST_ERROR = (
@@ -577,7 +580,7 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
     Returns:
         The command as it is now; for output the position up to which it is stored; None where nothing changed."""
     if isinstance(report, CommandOutput):
-        return commands.add_output(connection, report.command_id, [_piece(report)], OUTPUT_KEEP_BYTES)
+        return _apply_output(connection, _piece(report), report.command_id)
     stored = commands.get_command(connection, agent_id, report.command_id)
     if stored is None:
         return None
@@ -590,6 +593,19 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
             return _apply_rejection(connection, stored, report, now)
         case CommandFinished():
             return _apply_result(connection, stored, report, now)
+
+
+def _apply_output(connection: Connection, piece: OutputPiece, command_id: str) -> int | None:
+    known = commands.get_output_ends(connection, command_id, piece.stream)
+    if known is None:
+        return None
+    output_end, stream_end = known
+    if piece.end > output_end and piece.offset + max(output_end - piece.position, 0) < stream_end:
+        # The quota is counted in offsets: output that all had the same would never fall out of it.
+        raise ProtocolError(
+            "command_output.offset", f"is {piece.offset} at position {piece.position}, after byte {stream_end} was sent"
+        )
+    return commands.add_output(connection, command_id, [piece], OUTPUT_KEEP_BYTES)
 
 
 def _apply_rejection(connection: Connection, stored: Command, report: CommandRejected, now: float) -> Command | None:
@@ -633,6 +649,8 @@ def _piece(report: CommandOutput) -> OutputPiece:
         raise ProtocolError("command_output.base64", f"is not base64: {err}") from err
     if len(data) > CHUNK_BYTES:
         raise ProtocolError("command_output.base64", f"holds {len(data)} bytes, at most {CHUNK_BYTES} are allowed")
-    if report.position < 0 or report.offset < 0:
-        raise ProtocolError("command_output.position", "must not be negative")
+    if not 0 <= report.offset <= report.position <= MAX_POSITION:
+        raise ProtocolError(
+            "command_output.position", f"must be the offset or more, and at most {MAX_POSITION}, got {report.position}"
+        )
     return OutputPiece(position=report.position, stream=report.stream, offset=report.offset, data=data)

@@ -27,6 +27,12 @@ _GET = select(COMMANDS).where(COMMANDS.c.id == bindparam("id"), COMMANDS.c.agent
 _GET_OUTPUT_END = select(
     COMMANDS.c.output_end, COMMANDS.c.truncated, COMMANDS.c.stdout_bytes, COMMANDS.c.stderr_bytes
 ).where(COMMANDS.c.id == bindparam("id"))
+_GET_STREAM_END = (
+    select(COMMAND_OUTPUT.c.offset + func.length(COMMAND_OUTPUT.c.data))
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("id"), COMMAND_OUTPUT.c.stream == bindparam("stream"))
+    .order_by(COMMAND_OUTPUT.c.offset.desc())
+    .limit(1)
+)
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
@@ -229,6 +235,18 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
         },
     )
     return fresh[-1].end
+
+
+def get_output_ends(connection: Connection, command_id: str, stream: Stream) -> tuple[int, int] | None:
+    """Return the position after the last stored byte, and the offset after the last one of that stream.
+
+    Returns:
+        None when there is no such command."""
+    row = connection.execute(_GET_OUTPUT_END, {"id": command_id}).one_or_none()
+    if row is None:
+        return None
+    last = connection.execute(_GET_STREAM_END, {"id": command_id, "stream": stream}).scalar_one_or_none()
+    return int(row.output_end), int(last or 0)
 
 
 def list_output(

@@ -17,7 +17,7 @@ from fleetwire_server.core.sessions import AgentSession, Sessions
 from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess
 from fleetwire_server.storage import agents, audit, commands
 from fleetwire_server.storage.store import Store, running_store
-from fleetwire_shared.errors import KeyReusedError, UnavailableError
+from fleetwire_shared.errors import KeyReusedError, ProtocolError, UnavailableError
 from fleetwire_shared.limits import MAX_KILLED_LISTED
 from fleetwire_shared.messages import (
     NO_KIND,
@@ -25,6 +25,7 @@ from fleetwire_shared.messages import (
     CommandCancel,
     CommandFinished,
     CommandOffer,
+    CommandOutput,
     CommandRejected,
     CommandStored,
     Hello,
@@ -444,6 +445,39 @@ async def test_what_cannot_be_adopted_is_ended_and_not_stored(world: World) -> N
     assert await world.store.read(lambda connection: commands.get_command(connection, "agent_1", ID)) is None
     assert await world.store.read(lambda connection: commands.get_command(connection, "agent_2", ID)) == of_another
     assert await world.store.read(lambda connection: audit.list_entries(connection, 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stored"),
+    [
+        ([("stdout", 0, 0), ("stdout", 4, 4), ("stderr", 8, 0), ("stdout", 12, 8)], 16),
+        ([("stdout", 0, 0), ("stdout", 0, 0), ("stdout", 2, 2)], 6),  # sent again, and further
+        ([("stdout", 0, 0), ("stdout", 100, 50)], 104),  # some of both was dropped
+        ([("stdout", 0, 0), ("stdout", 4, 0)], None),
+        ([("stdout", 0, 0), ("stderr", 4, 0), ("stderr", 8, 3)], None),
+        ([("stdout", 0, 0), ("stdout", 2, 1)], None),
+        ([("stdout", 0, 1)], None),
+        ([("stdout", -1, -1)], None),
+        ([("stdout", (1 << 63) - 1, 0)], None),
+    ],
+)
+async def test_output_that_would_escape_its_quota_is_no_output(
+    world: World, pieces: list[tuple[Literal["stdout", "stderr"], int, int]], stored: int | None
+) -> None:
+    await world.hold(status=CommandStatus.RUNNING, **SAME | TAKEN)
+    session = await world.connect(make_hello(ledger=(make_entry("running"),)))
+    reports = [
+        CommandOutput(command_id=ID, stream=stream, position=position, offset=offset, base64="YWJjZA==")
+        for stream, position, offset in pieces
+    ]
+    await world.dispatch.receive(session, reports[:-1])
+    if stored is None:
+        with pytest.raises(ProtocolError, match=r"command_output\."):
+            await world.dispatch.receive(session, reports[-1:])
+        assert (await world.command()).output_end == 4 * len(reports[:-1])
+    else:
+        await world.dispatch.receive(session, reports[-1:])
+        assert (await world.command()).output_end == stored
 
 
 async def test_what_was_killed_is_stored_up_to_a_bound(world: World) -> None:
