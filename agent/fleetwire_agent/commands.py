@@ -206,7 +206,7 @@ class Commands:
         if message.timeout_seconds <= 0:
             return reject("invalid", f"timeout must be more than 0 seconds, got {message.timeout_seconds}")
         if self._is_stopping or len(self._ledger) >= MAX_HELD_COMMANDS:
-            return reject("full", f"the agent takes no more: it is stopping or holds {MAX_HELD_COMMANDS} commands")
+            return reject("full", f"the agent takes no more: it is being removed or holds {MAX_HELD_COMMANDS} commands")
         return None
 
     def cancel(self, message: CommandCancel) -> None:

@@ -173,7 +173,7 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 async def _flush(ledger: Ledger, outbox: Outbox) -> None:
-    """Give the server a moment to store the results of what was interrupted, if it is there at all."""
+    """Give the server a moment to store the ends that it has not stored yet, if it is there at all."""
     if outbox.is_open:
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_SECONDS):

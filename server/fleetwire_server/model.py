@@ -201,7 +201,7 @@ class Command:
     created_at: float
     created_by: str
     expires_at: float  # an agent that has not been offered it by then never is
-    offered_to: str | None = None  # instance id of the agent that was offered it
+    offered_to: str | None = None  # instance id of the agent that was offered it, holds it, or was asked about it
     accepted_at: float | None = None  # when the agent was first known to hold it; None: it may never have received it
     started_at: float | None = None
     finished_at: float | None = None
@@ -211,11 +211,19 @@ class Command:
     stderr_bytes: int = 0
     output_end: int = 0  # position after the last stored byte
     truncated: bool = False  # some output was not kept
-    late: bool = False  # an end known as lost or interrupted was refined afterwards
+    late: bool = False  # an end that was not proved was refined afterwards
     is_orphan: bool = False  # not sent by this server as far as it knows: an agent held it
     killed: tuple[KilledProcess, ...] = ()  # the first of those that were ended with it
     killed_count: int = 0
     error: str | None = None
+
+    @property
+    def is_ended_alone(self) -> bool:
+        """Whether this server ended it, as never offered, without a word of its agent.
+
+        No proof that it has not run: a server restored from a backup may have offered it after that was made."""
+        is_unheard = self.offered_to is None and self.accepted_at is None
+        return is_unheard and self.status in (CommandStatus.CANCELLED, CommandStatus.EXPIRED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ came before, in the order in which the agent read them; `offset` counts within o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, TypeAlias
 
 PROTOCOL_VERSION = 1
 """The newest version this code speaks. Each bump adds a dated line to docs/protocol.md and recorded frames."""
@@ -305,13 +305,18 @@ class Welcome:
     ledger: tuple[Settlement, ...] = ()
 
 
+NO_KIND: Final = "none"
+"""The kind of an offer that no agent takes: of an id that it holds or remembers it says what there is to say, as
+to any offer, and an id that it does not know it refuses with `unsupported` or `policy`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandOffer:
     """A command to run. Answered by `command_accepted` or `command_rejected`."""
 
     type: ClassVar[str] = "command_offer"
     command_id: str
-    kind: str  # "shell"
+    kind: str  # "shell"; NO_KIND asks what the agent knows of the id, and nothing is run
     command: str
     timeout_seconds: float
     remaining_seconds: float  # until the offer expires; relative, as no clock is compared between machines

@@ -3,17 +3,19 @@
 import os
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fleetwire_agent.install import users
 from fleetwire_agent.install.bundle import open_own_bundle, parse_manifest
 from fleetwire_agent.install.changes import Changes, hand_over
 from fleetwire_agent.install.failures import InstallError, describe_os_error
 from fleetwire_agent.install.host import Python, choose_python
 from fleetwire_agent.install.installation import Options, check_identity, read_agent_id
 from fleetwire_agent.install.layout import MARK, is_ours
-from fleetwire_agent.install.services import condense
+from fleetwire_agent.install.services import call, condense
 from fleetwire_agent.install.supervise import Log
 from fleetwire_agent.install.texts import build_init_script, build_launcher, build_settings, build_unit, needs_quoting
 from fleetwire_agent.install.uninstall import check_removable
@@ -23,6 +25,31 @@ KEY = "agt_" + "a" * 16 + "_" + "B" * 43
 OTHER_KEY = "agt_" + "b" * 16 + "_" + "C" * 43
 SERVER = "https://fleet.example"
 PIN = "sha256//" + "A" * 43 + "="
+
+
+# ---------------------------------------------------------------- programs of the host
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "words"),
+    [
+        ("echo useradd: cannot lock /etc/passwd >&2; exit 1", "failed", "failed: useradd: cannot lock /etc/passwd"),
+        ("echo No space left on device; exit 2", "disk_full", "failed: No space left on device"),
+        ("exit 9", "failed", "failed: status 9"),
+    ],
+)
+@pytest.mark.parametrize("run", [lambda *command: call(*command), lambda *command: users._run(command)])
+def test_a_program_that_fails_is_told_with_what_it_said(
+    run: Callable[..., None], script: str, reason: str, words: str
+) -> None:
+    with pytest.raises(InstallError, match=words) as problem:
+        run("sh", "-c", script)
+    assert problem.value.reason == reason
+
+
+def test_a_program_that_hangs_is_told_with_what_to_look_at() -> None:
+    with pytest.raises(InstallError, match=r"^sleep 60 did not end within 1 seconds; is the user database locked\?$"):
+        users._run(["sleep", "60"], seconds=1.0)
 
 
 # ---------------------------------------------------------------- texts

@@ -6,7 +6,9 @@ import signal
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientError
@@ -16,6 +18,8 @@ from tests.support.commands import fetch_output, living_pids, until_alive, until
 from tests.support.eventually import eventually
 from tests.support.link import CuttableLink
 from tests.support.processes import ADMIN_PASSWORD, AgentProcess, ServerProcess
+
+from fleetwire_server.storage.backup import write_backup
 
 
 def gated(directory: Path, name: str = "command") -> str:
@@ -349,6 +353,64 @@ async def test_a_link_that_falls_silent_is_found_and_replaced(
         assert (await api.wait_for_command(agent.agent_id, offered))["output"] == "offered\n"
         assert (runs(tmp_path), runs(tmp_path, "offered")) == (1, 1)
         agent.stop()
+
+
+# ---------------------------------------------------------------- the server is restored from a backup
+
+
+async def test_what_ended_after_the_backup_is_told_as_it_was(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path
+) -> None:
+    server = start_server()
+    api = await open_api(server)
+    agent = await start_agent(api)
+
+    async def submit(name: str, end: str = "", **fields: float) -> str:
+        command = f"echo run >> {tmp_path}/{name}.runs; echo {name}{end}"
+        body = {"type": "shell", "params": {"command": command}, **fields}
+        return str((await api.post(f"/api/agents/{agent.agent_id}/commands", body))["command_id"])
+
+    async def show(command_id: str) -> Any:
+        return await api.get(f"/api/agents/{agent.agent_id}/commands/{command_id}")
+
+    running = await api.submit(agent.agent_id, f"{gated(tmp_path)}; exit 3", timeout=100)
+    await api.wait_for_command(agent.agent_id, running, "running")
+    agent.stop()
+    waiting = await submit("waiting")
+    cancelled = await submit("cancelled")
+    expiring = await submit("expiring", expires_in=20)
+    write_backup(f"sqlite:///{server.data_dir}/fleetwire.db", tmp_path / "copy.db")
+
+    agent.start()
+    open_gate(tmp_path)
+    assert (await api.wait_for_command(agent.agent_id, running))["exit_code"] == 3
+    for command_id in (waiting, cancelled, expiring):
+        assert (await api.wait_for_command(agent.agent_id, command_id))["status"] == "succeeded"
+    agent.stop()
+    server.stop()
+    for suffix in ("", "-wal", "-shm"):
+        (server.data_dir / f"fleetwire.db{suffix}").unlink(missing_ok=True)
+    (tmp_path / "copy.db").rename(server.data_dir / "fleetwire.db")
+    server.start()
+
+    assert (await show(running))["status"] == "running"  # as far as is known without the agent
+    never = await submit("never")
+    for command_id in (cancelled, never):
+        answer = await api.post(f"/api/agents/{agent.agent_id}/commands/{command_id}/cancel", status=200)
+        assert (answer["status"], answer["late"]) == ("cancelled", False)
+    assert (await api.wait_for_command(agent.agent_id, expiring))["status"] == "expired"
+    agent.start()
+    ended = await api.wait_for_command(agent.agent_id, running)
+    assert (ended["status"], ended["exit_code"], ended["late"]) == ("failed", 3, False)
+    assert (ended["stdout_bytes"], ended["truncated"]) == (len("begin\nend\n"), True)
+    assert (await api.wait_for_command(agent.agent_id, waiting))["status"] == "succeeded"
+    for command_id in (cancelled, expiring):
+        late = await eventually(partial(show, command_id), lambda command: bool(command["late"]))
+        assert (late["status"], late["exit_code"], late["error"]) == ("succeeded", 0, None)
+    assert ((await show(never))["status"], (await show(never))["late"]) == ("cancelled", False)
+    assert "was this server restored from a backup?" in server.log_text
+    assert [runs(tmp_path, name) for name in ("command", "waiting", "cancelled", "expiring")] == [1, 1, 1, 1]
+    assert not (tmp_path / "never.runs").exists()
 
 
 # ---------------------------------------------------------------- keys

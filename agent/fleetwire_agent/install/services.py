@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.changes import Changes
 from fleetwire_agent.install.failures import InstallError
-from fleetwire_agent.install.host import Init, has_group, run_program, run_quietly
+from fleetwire_agent.install.host import Init, describe_failure, has_group, run_program, run_quietly
 from fleetwire_agent.install.layout import (
     CREDENTIALS,
     CURRENT,
@@ -87,8 +87,7 @@ def call(*command: str, may_fail: bool = False) -> None:
     """Run a program of the service manager. Raises InstallError with what it said."""
     result = run_program(command, seconds=_CALL_SECONDS)
     if result.returncode and not may_fail:
-        said = (result.stderr or result.stdout).strip()
-        raise InstallError("failed", f"{' '.join(command)} failed: {said or f'status {result.returncode}'}")
+        raise describe_failure(command, result)
 
 
 def condense(lines: Sequence[str]) -> str:

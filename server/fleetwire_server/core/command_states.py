@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 from enum import StrEnum
 from typing import Literal
 
-from fleetwire_server.model import CommandStatus
+from fleetwire_server.model import Command, CommandStatus
 
 _S = CommandStatus
 
@@ -12,7 +12,7 @@ OPEN: Set[CommandStatus] = frozenset(status for status in _S if not status.is_en
 TERMINAL: Set[CommandStatus] = frozenset(_S) - OPEN
 
 UNPROVEN: Set[CommandStatus] = frozenset({_S.LOST, _S.INTERRUPTED})
-"""Ends that a later report from the agent may still refine."""
+"""Ends that a later report from the agent may still refine, whoever told them."""
 
 
 class CommandEvent(StrEnum):
@@ -39,7 +39,7 @@ class CommandEvent(StrEnum):
     HELD_ACCEPTED = "held_accepted"
     HELD_RUNNING = "held_running"
     NEVER_RECEIVED = "never_received"  # the very agent that was offered it has never heard of it
-    GONE = "gone"  # the agent does not hold it, and may have forgotten it
+    GONE = "gone"  # the agent does not hold it, and remembers no end of it
 
 
 _E = CommandEvent
@@ -115,6 +115,9 @@ TRANSITIONS: Mapping[CommandStatus, Mapping[CommandEvent, CommandStatus]] = {
 }
 """An event that a status does not have changes nothing."""
 
+REFINED: Mapping[CommandEvent, CommandStatus] = _BEGUN | {event: ENDS[event] for event in RESULTS}
+"""What the agent's word makes of a command that this server ended alone. That it has not run is no news."""
+
 ADOPTED_AS: Mapping[Literal["accepted", "running", "finished"], CommandStatus] = {
     "accepted": _S.ACCEPTED,
     "running": _S.RUNNING,
@@ -123,16 +126,12 @@ ADOPTED_AS: Mapping[Literal["accepted", "running", "finished"], CommandStatus] =
 """The first status of a command that an agent holds and this server does not know, by what the agent's ledger says."""
 
 
-def next_status(status: CommandStatus, event: CommandEvent) -> CommandStatus | None:
+def next_status(command: Command, event: CommandEvent) -> CommandStatus | None:
     """Return the status that the event leads to, which may be the same; None when it changes nothing."""
-    return TRANSITIONS[status].get(event)
+    moves = REFINED if command.is_ended_alone else TRANSITIONS[command.status]
+    return moves.get(event)
 
 
-def is_late(before: CommandStatus) -> bool:
-    """Whether news for a command in this status refines an end that was already told."""
-    return before in UNPROVEN
-
-
-def is_proved(status: CommandStatus) -> bool:
-    """Whether this is an end that nothing changes any more."""
-    return status.is_end and status not in UNPROVEN
+def is_proved(command: Command) -> bool:
+    """Whether it is over, and nothing changes that any more."""
+    return command.status in TERMINAL - UNPROVEN and not command.is_ended_alone

@@ -6,7 +6,7 @@ import base64
 import binascii
 import logging
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
@@ -17,7 +17,6 @@ from fleetwire_server.core.command_states import (
     HOLDING,
     REFUSALS,
     CommandEvent,
-    is_late,
     is_proved,
     next_status,
 )
@@ -40,6 +39,7 @@ from fleetwire_shared.limits import (
     OUTPUT_KEEP_BYTES,
 )
 from fleetwire_shared.messages import (
+    NO_KIND,
     CommandAccepted,
     CommandCancel,
     CommandFinished,
@@ -65,13 +65,21 @@ MAX_ORPHANS = 1000
 """Commands this server does not know that are taken over from one agent: an agent that invents some must not fill the
 database. Those beyond it are ended as they are told of, and not stored."""
 
+MAX_QUESTIONS = 256
+"""Commands one agent is asked about at a time, well below what may wait to be sent to it; the others are asked about
+when it has answered, or at its next connect."""
+
+MAX_POSITION = 1 << 62
+"""Of output; what is added to it still is an integer of 64 bits."""
+
 EXPIRY_ROUND_SECONDS = 1.0
 
 _LOST_ERROR = (
-    "the agent restarted and no longer knows this command: it may have run in part, and what it started may still run"
+    "the agent knows nothing of this command any more: its state is gone, or the command ended too long ago for it to"
+    " remember; it may have run, and what it started may still run"
 )
-_EXPIRED_ERROR = "the agent could not be offered the command before it expired; it has not been run"
-_CANCELLED_ERROR = "cancelled before it was offered to the agent"
+_EXPIRED_ERROR = "it was out of time before this server offered it to the agent"
+_CANCELLED_ERROR = "cancelled before this server offered it to the agent"
 
 _COMMAND_ID = re.compile(COMMAND_ID_PATTERN, re.ASCII)
 
@@ -83,13 +91,18 @@ class Settled:
     answers: list[Settlement] = field(default_factory=list)  # to the agent's ledger
     changed: list[Command] = field(default_factory=list)
     cancels: list[CommandCancel] = field(default_factory=list)  # to be sent after the welcome
+    questions: list[CommandOffer] = field(default_factory=list)  # likewise
     orphan_ids: list[str] = field(default_factory=list)
 
     @property
     def reportable_ids(self) -> set[str]:
         """The commands that the agent may report on from now on."""
         kept = {answer.command_id for answer in self.answers if answer.action == "keep"}
-        return kept | {cancel.command_id for cancel in self.cancels}
+        return kept | {cancel.command_id for cancel in self.cancels} | self.asked_ids
+
+    @property
+    def asked_ids(self) -> set[str]:
+        return {question.command_id for question in self.questions}
 
 
 class Dispatch:
@@ -153,7 +166,11 @@ class Dispatch:
         command = await self._store.write(partial(_cancel, agent_id=agent_id, command_id=command_id, now=self._now()))
         self._announce(command)
         session = self._sessions.get(agent_id)
-        if session is not None and not command.status.is_end:
+        if session is None:
+            return command
+        if command.status.is_end:
+            await self.ask_about_ended(session)
+        elif command_id not in session.asked_ids:  # else it is not held there, and the answer will be its end
             session.command_ids.add(command_id)
             session.link.send(CommandCancel(command_id=command_id))
         return command
@@ -180,6 +197,21 @@ class Dispatch:
             self._announce(command)
         await self._deliver(session, [each for each in changed if each.status is CommandStatus.OFFERED])
 
+    async def ask_about_ended(self, session: AgentSession) -> None:
+        """Ask the agent what it remembers of commands that were ended here without its word.
+
+        The answer is that it has never heard of them, unless this server was restored from a backup."""
+        if session.asked_ids:
+            return  # goes on when these are answered
+        ended = await self._store.read(
+            partial(commands.list_ended_alone, agent_id=session.agent_id, limit=MAX_QUESTIONS)
+        )
+        for command in ended:
+            if command.id not in session.command_ids:
+                session.command_ids.add(command.id)
+                session.asked_ids.add(command.id)
+                session.link.send(_make_question(command.id))
+
     async def _deliver(self, session: AgentSession, offered: Sequence[Command]) -> None:
         """Send what is stored as offered to this session; where it is gone meanwhile, its successor is offered it."""
         present = self._sessions.get(session.agent_id)
@@ -205,7 +237,14 @@ class Dispatch:
             ProtocolError: a report that makes no sense."""
         known = [report for report in reports if report.command_id in session.command_ids]
         changed = await self._store.write(
-            partial(_apply_reports, agent_id=session.agent_id, reports=known, now=self._now())
+            partial(
+                _apply_reports,
+                agent_id=session.agent_id,
+                instance_id=session.instance_id,
+                asked_ids=frozenset(session.asked_ids),
+                reports=known,
+                now=self._now(),
+            )
         )
         for report, change in zip(known, changed, strict=True):
             self._announce_report(session, report, change)
@@ -220,6 +259,10 @@ class Dispatch:
         )
         if may_offer:
             await self.offer_waiting(session)
+        answered = session.asked_ids.intersection(report.command_id for report in known)
+        session.asked_ids -= answered
+        if answered:
+            await self.ask_about_ended(session)
 
     def _announce_report(self, session: AgentSession, report: CommandReport, change: Command | int | None) -> None:
         if isinstance(change, Command):
@@ -237,8 +280,12 @@ class Dispatch:
     async def _expire_due(self) -> None:
         due = await self._store.read(partial(commands.list_expirable, now=self._now()))
         if due:
-            for command in await self._store.write(partial(_expire, due=due, now=self._now())):
+            expired = await self._store.write(partial(_expire, due=due, now=self._now()))
+            for command in expired:
                 self._announce(command)
+            for agent_id in {command.agent_id for command in expired}:
+                if (session := self._sessions.get(agent_id)) is not None:
+                    await self.ask_about_ended(session)
 
     # ------------------------------------------------------------ telling others
 
@@ -274,9 +321,16 @@ def _move(
     """Store what the event makes of the command and return it as it is now, None where nothing is changed by it.
 
     The only place where a status is set."""
-    status = next_status(stored.status, event)
+    status = next_status(stored, event)
     if status is None:
         return None
+    if stored.is_ended_alone:
+        logger.warning(
+            "command %s: %s here before it was offered, and %s at the agent: was this server restored from a backup?",
+            stored.id,
+            stored.status,
+            status,
+        )
     accepted_at = stored.accepted_at
     if accepted_at is None and event in HOLDING:
         accepted_at = now
@@ -284,7 +338,7 @@ def _move(
         **(changes or {}),
         "status": status,
         "accepted_at": accepted_at,
-        "late": stored.late or is_late(stored.status),
+        "late": stored.late or stored.status.is_end,
         "finished_at": now if status.is_end else None,
         "error": error if status.is_end else None,
     }
@@ -342,16 +396,9 @@ def _cancel(connection: Connection, *, agent_id: str, command_id: str, now: floa
     command = commands.get_command(connection, agent_id, command_id)
     if command is None:
         raise NotFoundError(f"there is no command {command_id} of this agent")
-    asked_at = command.cancel_requested_at
-    if not (command.status is CommandStatus.QUEUED or asked_at is not None):
-        asked_at = now  # of a queued one the end itself says it
+    asked_at = now if command.cancel_requested_at is None else command.cancel_requested_at
     changed = _move(
-        connection,
-        command,
-        CommandEvent.CANCEL_ASKED,
-        now,
-        _CANCELLED_ERROR,
-        {"cancel_requested_at": asked_at},
+        connection, command, CommandEvent.CANCEL_ASKED, now, _CANCELLED_ERROR, {"cancel_requested_at": asked_at}
     )
     if changed is None:
         raise ConflictError(
@@ -369,14 +416,9 @@ def _offer_waiting(
     connection: Connection, *, session: AgentSession, room: int, now: float
 ) -> tuple[list[Command], bool]:
     """Offer up to `room` queued commands; return those that changed, and whether some are still queued."""
-    queued = [
-        command
-        for command in commands.list_open(connection, session.agent_id)
-        if command.status is CommandStatus.QUEUED
-    ]
-    expired = _expire(connection, due=[command for command in queued if command.expires_at <= now], now=now)
-    due = [command for command in queued if command.expires_at > now]
-    offered = [_offer(connection, command, session, now) for command in due[:room]]
+    expired = _expire(connection, due=commands.list_expirable(connection, now, agent_id=session.agent_id), now=now)
+    due = commands.list_queued(connection, session.agent_id, limit=room + 1)
+    offered = [_offer(connection, command, session, now) for command in due[:room] if command.expires_at > now]
     return expired + [command for command in offered if command is not None], len(due) > room
 
 
@@ -390,11 +432,12 @@ def _settle(connection: Connection, *, agent_id: str, hello: Hello, now: float) 
         decision = _decide(stored, entry, hello, now)
         if stored is None:
             decision = _adopt_orphan(connection, agent_id, entry, decision, hello, settled, now)
-        _carry_out(connection, decision, stored, entry, settled, now)
+        _carry_out(connection, decision, stored, entry, hello.instance_id, settled, now)
     held = {entry.command_id for entry in hello.ledger}
     for command in commands.list_unsettled(connection, agent_id, hello.instance_id):
         if command.id not in held:
-            _carry_out(connection, _decide(command, None, hello, now), command, None, settled, now)
+            decision = _decide(command, None, hello, now)
+            _carry_out(connection, decision, command, None, hello.instance_id, settled, now)
     if settled.orphan_ids:
         detail = {"command_ids": settled.orphan_ids, "agent_instance": hello.instance_id[:100]}
         audit.add_entry(
@@ -418,6 +461,7 @@ def _carry_out(
     decision: Decision,
     stored: Command | None,
     entry: LedgerEntry | None,
+    instance_id: str,
     settled: Settled,
     now: float,
 ) -> None:
@@ -430,10 +474,14 @@ def _carry_out(
         logger.warning("command %s: %s", entry.command_id[:100], decision.warning)
     if stored is None:
         return
+    if decision.is_question and len(settled.questions) < MAX_QUESTIONS:
+        settled.questions.append(_make_question(stored.id))
     if decision.cancel is not None:
         settled.cancels.append(CommandCancel(command_id=stored.id, reason=decision.cancel))
     if decision.event is CommandEvent.NEVER_RECEIVED:
         changed = _requeue(connection, stored, decision.event, now)
+    elif decision.event is not None and decision.event in HOLDING:
+        changed = _move(connection, stored, decision.event, now, changes={"offered_to": instance_id})
     elif decision.event is not None:
         changed = _move(connection, stored, decision.event, now, _LOST_ERROR)
     else:
@@ -466,6 +514,11 @@ def _adopt_orphan(
     return Decision(answer="forget" if entry.state == "finished" else "cancel", warning=f"not known here: {problem}")
 
 
+def _make_question(command_id: str) -> CommandOffer:
+    """Return an offer that no agent takes: it says what it holds or remembers of the id, or refuses the kind."""
+    return CommandOffer(command_id=command_id, kind=NO_KIND, command="", timeout_seconds=0.0, remaining_seconds=0.0)
+
+
 def _make_orphan(agent_id: str, entry: LedgerEntry, instance_id: str, now: float) -> Command:
     return Command(
         id=entry.command_id,
@@ -487,9 +540,38 @@ def _make_orphan(agent_id: str, entry: LedgerEntry, instance_id: str, now: float
 
 
 def _apply_reports(
-    connection: Connection, *, agent_id: str, reports: Sequence[CommandReport], now: float
+    connection: Connection,
+    *,
+    agent_id: str,
+    instance_id: str,
+    asked_ids: Set[str],
+    reports: Sequence[CommandReport],
+    now: float,
 ) -> list[Command | int | None]:
-    return [_apply(connection, agent_id, report, now) for report in reports]
+    changes: list[Command | int | None] = []
+    for report in reports:
+        if isinstance(report, CommandRejected) and report.command_id in asked_ids:
+            changes.append(_apply_ignorance(connection, agent_id, instance_id, report, now))
+        else:
+            changes.append(_apply(connection, agent_id, report, now))
+    return changes
+
+
+def _apply_ignorance(
+    connection: Connection, agent_id: str, instance_id: str, report: CommandRejected, now: float
+) -> Command | None:
+    """Store the answer to a question that is no result: the agent has not run the command, or does not remember it."""
+    stored = commands.get_command(connection, agent_id, report.command_id)
+    if stored is None:
+        return None
+    if stored.is_ended_alone:
+        # As proved as it will ever be: it is not asked about again.
+        commands.update_command(connection, stored.id, {stored.status}, offered_to=instance_id)
+        return None
+    is_remembered = report.reason in ("cancelled", "expired") and stored.status is CommandStatus.ACCEPTED
+    if is_remembered:
+        return _apply_rejection(connection, stored, report, now)
+    return _move(connection, stored, CommandEvent.GONE, now, _LOST_ERROR)
 
 
 def _apply(connection: Connection, agent_id: str, report: CommandReport, now: float) -> Command | int | None:
@@ -498,7 +580,7 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
     Returns:
         The command as it is now; for output the position up to which it is stored; None where nothing changed."""
     if isinstance(report, CommandOutput):
-        return commands.add_output(connection, report.command_id, [_piece(report)], OUTPUT_KEEP_BYTES)
+        return _apply_output(connection, _piece(report), report.command_id)
     stored = commands.get_command(connection, agent_id, report.command_id)
     if stored is None:
         return None
@@ -513,12 +595,25 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
             return _apply_result(connection, stored, report, now)
 
 
+def _apply_output(connection: Connection, piece: OutputPiece, command_id: str) -> int | None:
+    known = commands.get_output_ends(connection, command_id, piece.stream)
+    if known is None:
+        return None
+    output_end, stream_end = known
+    if piece.end > output_end and piece.offset + max(output_end - piece.position, 0) < stream_end:
+        # The quota is counted in offsets: output that all had the same would never fall out of it.
+        raise ProtocolError(
+            "command_output.offset", f"is {piece.offset} at position {piece.position}, after byte {stream_end} was sent"
+        )
+    return commands.add_output(connection, command_id, [piece], OUTPUT_KEEP_BYTES)
+
+
 def _apply_rejection(connection: Connection, stored: Command, report: CommandRejected, now: float) -> Command | None:
     event = REFUSALS[report.reason]
     if event is CommandEvent.REFUSED_FULL and stored.cancel_requested_at is not None:
         event = CommandEvent.REFUSED_CANCELLED
     _compare(stored, event)
-    if next_status(stored.status, event) is CommandStatus.QUEUED:
+    if next_status(stored, event) is CommandStatus.QUEUED:
         return _requeue(connection, stored, event, now)
     return _move(connection, stored, event, now, report.message)
 
@@ -543,7 +638,7 @@ def _apply_result(connection: Connection, stored: Command, report: CommandFinish
 
 def _compare(stored: Command, event: CommandEvent) -> None:
     """Say so where the agent tells another end than the one that is proved. The stored one stays."""
-    if is_proved(stored.status) and ENDS[event] is not stored.status:
+    if is_proved(stored) and ENDS[event] is not stored.status:
         logger.warning("command %s: %s here, and %s at the agent", stored.id, stored.status, ENDS[event])
 
 
@@ -554,6 +649,8 @@ def _piece(report: CommandOutput) -> OutputPiece:
         raise ProtocolError("command_output.base64", f"is not base64: {err}") from err
     if len(data) > CHUNK_BYTES:
         raise ProtocolError("command_output.base64", f"holds {len(data)} bytes, at most {CHUNK_BYTES} are allowed")
-    if report.position < 0 or report.offset < 0:
-        raise ProtocolError("command_output.position", "must not be negative")
+    if not 0 <= report.offset <= report.position <= MAX_POSITION:
+        raise ProtocolError(
+            "command_output.position", f"must be the offset or more, and at most {MAX_POSITION}, got {report.position}"
+        )
     return OutputPiece(position=report.position, stream=report.stream, offset=report.offset, data=data)

@@ -14,12 +14,13 @@ _HELD = {"accepted": CommandEvent.HELD_ACCEPTED, "running": CommandEvent.HELD_RU
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """`answer` settles the agent's entry, if it has one; `event` happens to the stored command; `cancel` is sent after
-    the welcome, and the answer to it counts."""
+    """`answer` settles the agent's entry, if it has one; `event` happens to the stored command; `cancel`, or a
+    question, is sent after the welcome, and the answer to it counts."""
 
     answer: Literal["keep", "forget", "cancel"] | None = None
     event: CommandEvent | None = None
     cancel: Literal["cancelled", "expired"] | None = None
+    is_question: bool = False  # what the agent remembers of it
     is_orphan: bool = False  # to be stored as a new command
     warning: str | None = None
 
@@ -36,7 +37,7 @@ def decide(stored: Command | None, entry: LedgerEntry | None, *, is_same_instanc
         return Decision() if stored is None else _decide_not_held(stored, is_same_instance, has_time)
     if stored is None:
         return Decision(answer="keep", is_orphan=True, warning="unknown here; kept as an orphan, to be looked at")
-    if is_proved(stored.status):
+    if is_proved(stored):
         return _decide_ended(stored, entry)
     is_cancelled = stored.cancel_requested_at is not None and entry.state != "finished"
     return Decision(
@@ -51,7 +52,8 @@ def decide(stored: Command | None, entry: LedgerEntry | None, *, is_same_instanc
 
 def _decide_not_held(stored: Command, is_same_instance: bool, has_time: bool) -> Decision:
     if stored.status in (CommandStatus.ACCEPTED, CommandStatus.RUNNING):
-        return Decision(event=CommandEvent.GONE)
+        # Its end may have been told and stored before this server was restored from a backup.
+        return Decision(is_question=True) if is_same_instance else Decision(event=CommandEvent.GONE)
     is_unanswered = stored.status is CommandStatus.OFFERED or (
         stored.status is CommandStatus.LOST and stored.accepted_at is None
     )

@@ -148,6 +148,7 @@ class AgentConnection:
         await self._app[STORE].write(partial(self._record_arrival, session))
         settled = await self._app[DISPATCH].settle(self._agent_id, hello)
         session.command_ids.update(settled.reportable_ids)
+        session.asked_ids.update(settled.asked_ids)
         self.send(
             Welcome(
                 protocol=protocol,
@@ -163,6 +164,8 @@ class AgentConnection:
         )
         for cancel in settled.cancels:
             self.send(cancel)
+        for question in settled.questions:
+            self.send(question)
         return session
 
     async def _enter(self, session: AgentSession) -> None:
@@ -172,9 +175,15 @@ class AgentConnection:
             replaced.link.close(CLOSE_REPLACED, "the agent connected again")
             # Its channels go the way of the link that failed: one that was cut off would stay silent for ever.
             await self._app[CHANNELS].close_agent(self._agent_id)
+        # A key that was revoked while its agent was being let in: whoever revoked it found no session to close.
+        by_key = partial(agents.get_agent_by_key, key_hash=self._key_hash, now=self._app[NOW]())
+        if await self._app[STORE].read(by_key) is None:
+            self.close(CLOSE_KEY_REVOKED, "the agent's key was revoked")
+            return
         logger.info("agent %s connected from %s, version %s", self._agent_id, self._ip, session.agent_version)
         self._app[INGEST].announce_agent(self._agent_id, "online")
         await self._app[DISPATCH].offer_waiting(session)
+        await self._app[DISPATCH].ask_about_ended(session)
 
     def _record_arrival(self, session: AgentSession, connection: Connection) -> None:
         agents.retire_other_keys(connection, self._agent_id, self._key_hash)

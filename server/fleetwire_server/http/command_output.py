@@ -203,8 +203,14 @@ async def _send(request: web.Request, response: web.StreamResponse, part: _Part)
         sent += len(chunk)
         async with asyncio.timeout(STALL_SECONDS):
             await response.write(chunk)
+        if part.length is None and _end_of(pieces[-1], part.stream) >= part.end:
+            break  # what has come since is left: else of a command that writes faster than this there was no end
     if part.length is not None and sent < part.length:
         raise UnavailableError("the output was removed while it was sent")
+
+
+def _end_of(piece: OutputPiece, stream: Stream | None) -> int:
+    return piece.end if stream is None else piece.offset + len(piece.data)
 
 
 def _is_seamless(part: _Part, sent: int, pieces: Sequence[OutputPiece]) -> bool:

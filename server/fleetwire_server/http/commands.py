@@ -114,7 +114,9 @@ async def _follow(
             if position < command.output_end:
                 continue
         if command.status.is_end:
-            await stream.send_frames(frame_json({"reason": command.status}, event="end"))
+            missing = command.stdout_bytes + command.stderr_bytes - position
+            last = [_gap_frame(missing)] if missing > 0 else []
+            await stream.send_frames(b"".join([*last, frame_json({"reason": command.status}, event="end")]))
             return
         await changes.get()
 
@@ -134,15 +136,18 @@ def _output_frames(pieces: Sequence[OutputPiece], position: int) -> list[bytes]:
     frames = []
     for piece in pieces:
         if piece.position > position:
-            missing = {
-                "count": piece.position - position,
-                "reason": "not kept: beyond the quota, or dropped while the server was away",
-            }
-            frames.append(frame_json(missing, event="gap"))
+            frames.append(_gap_frame(piece.position - position))
         document = {"stream": piece.stream, "offset": piece.offset, "text": piece.data.decode("utf-8", "replace")}
         frames.append(frame_json(document, event="output", event_id=str(piece.end)))
         position = piece.end
     return frames
+
+
+def _gap_frame(count: int) -> bytes:
+    reason = (
+        "not kept: beyond the quota, dropped while the server was away, or newer than a backup it was restored from"
+    )
+    return frame_json({"count": count, "reason": reason}, event="gap")
 
 
 def _status_frame(command: Command) -> bytes:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
-from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from fleetwire_server.model import Command, CommandStatus, KilledProcess, OutputPiece
@@ -16,6 +16,10 @@ from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
+PIECES_IN_TRANSACTION = 64
+"""Pieces of output removed at once, 4 MiB: a command may have 512 of them, and what deletes many megabytes in one
+transaction lets all others wait for seconds."""
+
 # Statements of every command's way are built once: building one takes longer than running it.
 _AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
 _ADD = insert(COMMANDS)
@@ -23,10 +27,17 @@ _GET = select(COMMANDS).where(COMMANDS.c.id == bindparam("id"), COMMANDS.c.agent
 _GET_OUTPUT_END = select(
     COMMANDS.c.output_end, COMMANDS.c.truncated, COMMANDS.c.stdout_bytes, COMMANDS.c.stderr_bytes
 ).where(COMMANDS.c.id == bindparam("id"))
+_GET_STREAM_END = (
+    select(COMMAND_OUTPUT.c.offset + func.length(COMMAND_OUTPUT.c.data))
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("id"), COMMAND_OUTPUT.c.stream == bindparam("stream"))
+    .order_by(COMMAND_OUTPUT.c.offset.desc())
+    .limit(1)
+)
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
 _OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
+_GIVEN = tuple(status for status in _OPEN if status != CommandStatus.QUEUED.value)
 _STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 
 
@@ -103,11 +114,29 @@ def list_commands(connection: Connection, agent_id: str, limit: int = 100) -> li
     return [_command_from(row) for row in connection.execute(newest)]
 
 
-def list_open(connection: Connection, agent_id: str) -> list[Command]:
-    """Return the agent's commands that are not over, oldest first."""
-    wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
-    # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
-    return [_command_from(row) for row in sorted(connection.execute(wanted), key=lambda row: row.sequence)]
+def count_open(connection: Connection, agent_id: str) -> int:
+    """Return how many of the agent's commands are not over."""
+    wanted = select(func.count()).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
+    return connection.execute(wanted).scalar_one()
+
+
+def list_queued(connection: Connection, agent_id: str, limit: int) -> list[Command]:
+    """Return the first of the agent's commands that are queued, oldest first.
+
+    Of ten thousand that wait, each of up to 128 KiB, only these are read: this is called whenever one has ended."""
+    queued = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status == CommandStatus.QUEUED.value)
+    return [_command_from(row) for row in connection.execute(queued.order_by(COMMANDS.c.sequence).limit(limit))]
+
+
+def list_ended_alone(connection: Connection, agent_id: str, limit: int) -> list[Command]:
+    """Return some of the agent's commands that were ended here without its word, see Command.is_ended_alone."""
+    wanted = select(COMMANDS).where(
+        COMMANDS.c.agent_id == agent_id,
+        COMMANDS.c.status.in_([CommandStatus.CANCELLED.value, CommandStatus.EXPIRED.value]),
+        COMMANDS.c.offered_to.is_(None),
+        COMMANDS.c.accepted_at.is_(None),
+    )
+    return [_command_from(row) for row in connection.execute(wanted.limit(limit))]
 
 
 def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:
@@ -123,8 +152,10 @@ def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limi
         )
         .limit(limit)
     )
-    offered = [each for each in list_open(connection, agent_id) if each.status is not CommandStatus.QUEUED]
-    return offered + [_command_from(row) for row in connection.execute(lost)]
+    given = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_GIVEN))
+    # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
+    rows = sorted(connection.execute(given), key=lambda row: row.sequence)
+    return [_command_from(row) for row in (*rows, *connection.execute(lost))]
 
 
 def count_orphans(connection: Connection, agent_id: str) -> int:
@@ -132,9 +163,13 @@ def count_orphans(connection: Connection, agent_id: str) -> int:
     return connection.execute(wanted).scalar_one()
 
 
-def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
-    """Return queued commands whose time to be offered is over, oldest first."""
+def list_expirable(
+    connection: Connection, now: float, limit: int = 1000, *, agent_id: str | None = None
+) -> list[Command]:
+    """Return queued commands, of one agent where it is given, whose time to be offered is over, oldest first."""
     overdue = select(COMMANDS).where(COMMANDS.c.status == CommandStatus.QUEUED.value, COMMANDS.c.expires_at <= now)
+    if agent_id is not None:
+        overdue = overdue.where(COMMANDS.c.agent_id == agent_id)
     return [_command_from(row) for row in connection.execute(overdue.order_by(COMMANDS.c.sequence).limit(limit))]
 
 
@@ -200,6 +235,18 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
         },
     )
     return fresh[-1].end
+
+
+def get_output_ends(connection: Connection, command_id: str, stream: Stream) -> tuple[int, int] | None:
+    """Return the position after the last stored byte, and the offset after the last one of that stream.
+
+    Returns:
+        None when there is no such command."""
+    row = connection.execute(_GET_OUTPUT_END, {"id": command_id}).one_or_none()
+    if row is None:
+        return None
+    last = connection.execute(_GET_STREAM_END, {"id": command_id, "stream": stream}).scalar_one_or_none()
+    return int(row.output_end), int(last or 0)
 
 
 def list_output(
@@ -313,16 +360,30 @@ def tail_outputs(connection: Connection, command_ids: Sequence[str], limit_bytes
 
 
 def delete_old_commands(connection: Connection, before: float, limit: int) -> int:
-    """Remove the oldest commands that are over and were made before then, with their output; return how many.
+    """Remove up to `limit` of the oldest commands that are over and were made before then, or some of their output.
 
-    With `limit`, each call is a short transaction: call again while it returns that many."""
+    Each call is a short transaction: call again while it returns `limit`."""
     oldest = (
         select(COMMANDS.c.sequence)
         .where(COMMANDS.c.created_at < before, COMMANDS.c.status.not_in(_OPEN))
         .order_by(COMMANDS.c.created_at)
         .limit(limit)
     )
+    if _delete_pieces(connection, COMMANDS.c.sequence.in_(oldest)):
+        return limit
     return connection.execute(delete(COMMANDS).where(COMMANDS.c.sequence.in_(oldest))).rowcount
+
+
+def delete_output_of_agent(connection: Connection, agent_id: str) -> bool:
+    """Remove some of the output of an agent's commands; return whether there may be more of it."""
+    return _delete_pieces(connection, COMMANDS.c.agent_id == agent_id)
+
+
+def _delete_pieces(connection: Connection, of_commands: ColumnElement[bool]) -> bool:
+    """Remove up to PIECES_IN_TRANSACTION pieces of these commands; return whether there may be more."""
+    key = (COMMAND_OUTPUT.c.command_id, COMMAND_OUTPUT.c.position)
+    some = select(*key).join_from(COMMANDS, COMMAND_OUTPUT).where(of_commands).limit(PIECES_IN_TRANSACTION)
+    return connection.execute(delete(COMMAND_OUTPUT).where(tuple_(*key).in_(some))).rowcount >= PIECES_IN_TRANSACTION
 
 
 def _fresh_pieces(pieces: Iterable[OutputPiece], output_end: int) -> tuple[list[OutputPiece], bool]:

@@ -11,19 +11,21 @@ import pytest
 from tests.support.raw_agent import make_hello
 from tests.support.stored import make_agent, make_command, make_key
 
-from fleetwire_server.core.dispatch import MAX_ORPHANS, Dispatch, Settled
+from fleetwire_server.core.dispatch import MAX_HELD_BY_AGENT, MAX_ORPHANS, MAX_QUESTIONS, Dispatch, Settled
 from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.sessions import AgentSession, Sessions
 from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess
 from fleetwire_server.storage import agents, audit, commands
 from fleetwire_server.storage.store import Store, running_store
-from fleetwire_shared.errors import KeyReusedError, UnavailableError
+from fleetwire_shared.errors import KeyReusedError, ProtocolError, UnavailableError
 from fleetwire_shared.limits import MAX_KILLED_LISTED
 from fleetwire_shared.messages import (
+    NO_KIND,
     CommandAccepted,
     CommandCancel,
     CommandFinished,
     CommandOffer,
+    CommandOutput,
     CommandRejected,
     CommandStored,
     Hello,
@@ -78,10 +80,14 @@ class World:
         )  # fmt: skip
         settled = await self.dispatch.settle("agent_1", hello)
         session.command_ids.update(settled.reportable_ids)
+        session.asked_ids.update(settled.asked_ids)
         for cancel in settled.cancels:
             self.link.send(cancel)
+        for question in settled.questions:
+            self.link.send(question)
         self.sessions.add(session)
         await self.dispatch.offer_waiting(session)
+        await self.dispatch.ask_about_ended(session)
         return session
 
     async def command(self, command_id: str = ID) -> Command:
@@ -102,6 +108,8 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
 
 # ---------------------------------------------------------------- the table of docs/protocol.md
 
+QUESTION = CommandOffer(command_id=ID, kind=NO_KIND, command="", timeout_seconds=0.0, remaining_seconds=0.0)
+
 SAME: dict[str, Any] = {"offered_to": "i"}
 OTHER: dict[str, Any] = {"offered_to": "another instance"}
 LATE: dict[str, Any] = {"expires_at": NOW - 1}
@@ -113,7 +121,7 @@ STATES: tuple[Literal["accepted", "running", "finished"], ...] = ("accepted", "r
 Cell = tuple[str, dict[str, Any], str, str, str | None, str | None]
 
 NOT_HELD: list[Cell] = [
-    # stored as, with, agent says, is then, settlement, cancel
+    # stored as, with, agent says, is then, settlement, cancel or question
     ("queued", {}, "", "queued", None, None),
     ("offered", SAME, "", "queued", None, None),
     ("offered", SAME | LATE, "", "offered", None, "expired"),
@@ -128,8 +136,10 @@ NOT_HELD: list[Cell] = [
     ("lost", OTHER, "", "lost", None, None),
     ("lost", SAME | TAKEN, "", "lost", None, None),
     ("interrupted", SAME | TAKEN, "", "interrupted", None, None),
-    ("accepted", SAME | TAKEN, "", "lost", None, None),
-    ("running", SAME | TAKEN, "", "lost", None, None),
+    ("accepted", SAME | TAKEN, "", "accepted", None, "?"),
+    ("running", SAME | TAKEN, "", "running", None, "?"),
+    ("running", SAME | TAKEN | ASKED, "", "running", None, "?"),
+    ("accepted", OTHER | TAKEN, "", "lost", None, None),
     ("running", OTHER | TAKEN | ASKED, "", "lost", None, None),
     *((status, SAME, "", status, None, None) for status in PROVED),
 ]
@@ -151,6 +161,10 @@ HELD: list[Cell] = [
     *((status, TAKEN, "finished", status, "keep", None) for status in ("lost", "interrupted")),
     *((status, TAKEN, state, status, "cancel", None) for status in PROVED for state in STATES[:2]),
     *((status, TAKEN, "finished", status, "keep", None) for status in PROVED),
+    # Ended here, without the agent's word.
+    *((status, {}, state, state, "keep", None) for status in ("cancelled", "expired") for state in STATES[:2]),
+    ("cancelled", ASKED, "running", "running", "keep", "cancelled"),
+    *((status, {}, "finished", status, "keep", None) for status in ("cancelled", "expired")),
 ]
 
 
@@ -162,18 +176,22 @@ async def test_every_cell_of_a_connect(
     state: Literal["accepted", "running", "finished", ""],
     after: str,
     answer: Literal["keep", "forget", "cancel"] | None,
-    cancel: Literal["cancelled", "expired"] | None,
+    cancel: Literal["cancelled", "expired", "?"] | None,
 ) -> None:
     await world.hold(status=CommandStatus(before), **fields)
     settled = await (world.settle(state) if state else world.settle())
     assert (await world.command()).status == after
     assert settled.answers == ([] if answer is None else [Settlement(command_id=ID, action=answer)])
-    assert settled.cancels == ([] if cancel is None else [CommandCancel(command_id=ID, reason=cancel)])
+    asked = [QUESTION] if cancel == "?" else []
+    assert settled.questions == asked
+    assert [(each.command_id, each.reason) for each in settled.cancels] == (
+        [(ID, cancel)] if cancel and not asked else []
+    )
     assert settled.reportable_ids == ({ID} if answer == "keep" or cancel else set())
     stored = await world.command()
     if before != after:
         assert [command.id for command in settled.changed] == [ID]
-        assert stored.late == (before in ("lost", "interrupted"))
+        assert stored.late == (before in ("lost", "interrupted", "cancelled", "expired"))
         assert (stored.finished_at is None) == (after != "lost")
         assert (stored.accepted_at is not None) == (state != "" or "accepted_at" in fields)
     else:
@@ -193,6 +211,14 @@ async def test_what_nobody_expects_is_warned_of(world: World, caplog: pytest.Log
         )
         await world.settle("running")
         assert "expired here and running at the agent" in caplog.text
+        caplog.clear()
+        await world.store.write(
+            lambda connection: commands.update_command(
+                connection, ID, list(CommandStatus), offered_to=None, accepted_at=None
+            )
+        )
+        await world.settle("running")
+        assert "expired here before it was offered, and running at the agent" in caplog.text
 
 
 # ---------------------------------------------------------------- after the welcome
@@ -284,6 +310,87 @@ async def test_what_was_cancelled_before_it_could_be_sent_is_over(world: World) 
     assert (command.status, command.cancel_requested_at, command.accepted_at) == ("cancelled", NOW, None)
 
 
+# ---------------------------------------------------------------- what the agent remembers
+
+UNKNOWN = CommandRejected(command_id=ID, reason="unsupported", message="of no kind")
+MONITOR = replace(UNKNOWN, reason="policy")
+WITHDRAWN = replace(UNKNOWN, reason="expired", message="it waited on its host for its turn")
+
+
+@pytest.mark.parametrize(
+    ("before", "fields", "answer", "after", "error"),
+    [
+        ("accepted", SAME | TAKEN, "succeeded", "succeeded", None),
+        ("running", SAME | TAKEN, "interrupted", "interrupted", None),
+        ("running", SAME | TAKEN | ASKED, "cancelled", "cancelled", None),
+        ("accepted", SAME | TAKEN, WITHDRAWN, "expired", WITHDRAWN.message),
+        ("running", SAME | TAKEN, WITHDRAWN, "lost", "its state is gone"),  # makes no sense, and must not stand still
+        *(
+            (status, SAME | TAKEN, answer, "lost", "its state is gone")
+            for status in ("accepted", "running")
+            for answer in (UNKNOWN, MONITOR)
+        ),
+        *((status, {}, "succeeded", "succeeded", None) for status in ("cancelled", "expired")),
+        *((status, {}, "interrupted", "interrupted", None) for status in ("cancelled", "expired")),
+        *((status, {}, answer, status, None) for status in ("cancelled", "expired") for answer in (UNKNOWN, WITHDRAWN)),
+    ],
+)
+async def test_what_cannot_be_known_here_is_asked_and_the_answer_stands(
+    world: World, before: str, fields: dict[str, Any], answer: str | CommandRejected, after: str, error: str | None
+) -> None:
+    await world.hold(status=CommandStatus(before), **fields)
+    session = await world.connect()
+    assert world.link.sent == [QUESTION]
+    if before in ("accepted", "running"):  # a cancel meanwhile would be remembered as the end of what is not known
+        await world.dispatch.cancel("agent_1", ID)
+        assert world.link.sent == [QUESTION]
+    report = answer if isinstance(answer, CommandRejected) else make_finished(status=answer, stdout_bytes=7)
+    await world.dispatch.receive(session, [report, report])
+    command = await world.command()
+    assert command.status == after
+    assert (error or "") in (command.error or "")
+    assert command.late == (before != after and before in ("cancelled", "expired"))
+    assert (command.stdout_bytes, command.truncated) == ((7, True) if isinstance(answer, str) else (0, False))
+    assert (session.asked_ids, session.command_ids) == (set(), set())
+    assert world.link.sent == [QUESTION, CommandStored(command_id=ID), CommandStored(command_id=ID)]
+    again = await world.connect()
+    assert (world.link.sent, again.asked_ids) == ([], set())  # answered for good
+    assert await world.command() == command
+
+
+async def test_all_that_ended_without_the_agent_is_asked_about_a_part_at_a_time(world: World) -> None:
+    def fill(connection: Any) -> None:
+        for number in range(2 * MAX_QUESTIONS + 1):
+            commands.add_command(connection, make_command(f"cmd_{number}", status=CommandStatus.EXPIRED))
+
+    await world.store.write(fill)
+    session = await world.connect()
+    asked: list[str] = []
+    for count in (MAX_QUESTIONS, MAX_QUESTIONS, 1, 0):
+        questions = [message for message in world.link.sent if isinstance(message, CommandOffer)]
+        assert len(questions) == count
+        assert {question.kind for question in questions} <= {NO_KIND}
+        asked += [question.command_id for question in questions]
+        world.link.sent.clear()
+        for question in questions:
+            await world.dispatch.receive(session, [replace(UNKNOWN, command_id=question.command_id)])
+    assert len(set(asked)) == len(asked) == 2 * MAX_QUESTIONS + 1
+
+
+async def test_what_ends_unoffered_while_the_agent_is_here_is_asked_about_at_once(world: World) -> None:
+    session = await world.connect()
+    session.command_ids.update(f"held_{number}" for number in range(MAX_HELD_BY_AGENT))
+    await world.dispatch.submit(make_command(ID, created_at=NOW, expires_at=NOW + 10))
+    await world.dispatch.submit(make_command(OTHER_ID, created_at=NOW, expires_at=NOW + 10))
+    assert (await world.dispatch.cancel("agent_1", ID)).status == "cancelled"
+    assert world.link.sent == [QUESTION]
+    await world.dispatch.receive(session, [UNKNOWN])
+    world.now += 10
+    await world.dispatch._expire_due()
+    assert (await world.command(OTHER_ID)).status == "expired"
+    assert world.link.sent[1:] == [CommandStored(command_id=ID), replace(QUESTION, command_id=OTHER_ID)]
+
+
 # ---------------------------------------------------------------- orphans
 
 
@@ -338,6 +445,39 @@ async def test_what_cannot_be_adopted_is_ended_and_not_stored(world: World) -> N
     assert await world.store.read(lambda connection: commands.get_command(connection, "agent_1", ID)) is None
     assert await world.store.read(lambda connection: commands.get_command(connection, "agent_2", ID)) == of_another
     assert await world.store.read(lambda connection: audit.list_entries(connection, 10)) == []
+
+
+@pytest.mark.parametrize(
+    ("pieces", "stored"),
+    [
+        ([("stdout", 0, 0), ("stdout", 4, 4), ("stderr", 8, 0), ("stdout", 12, 8)], 16),
+        ([("stdout", 0, 0), ("stdout", 0, 0), ("stdout", 2, 2)], 6),  # sent again, and further
+        ([("stdout", 0, 0), ("stdout", 100, 50)], 104),  # some of both was dropped
+        ([("stdout", 0, 0), ("stdout", 4, 0)], None),
+        ([("stdout", 0, 0), ("stderr", 4, 0), ("stderr", 8, 3)], None),
+        ([("stdout", 0, 0), ("stdout", 2, 1)], None),
+        ([("stdout", 0, 1)], None),
+        ([("stdout", -1, -1)], None),
+        ([("stdout", (1 << 63) - 1, 0)], None),
+    ],
+)
+async def test_output_that_would_escape_its_quota_is_no_output(
+    world: World, pieces: list[tuple[Literal["stdout", "stderr"], int, int]], stored: int | None
+) -> None:
+    await world.hold(status=CommandStatus.RUNNING, **SAME | TAKEN)
+    session = await world.connect(make_hello(ledger=(make_entry("running"),)))
+    reports = [
+        CommandOutput(command_id=ID, stream=stream, position=position, offset=offset, base64="YWJjZA==")
+        for stream, position, offset in pieces
+    ]
+    await world.dispatch.receive(session, reports[:-1])
+    if stored is None:
+        with pytest.raises(ProtocolError, match=r"command_output\."):
+            await world.dispatch.receive(session, reports[-1:])
+        assert (await world.command()).output_end == 4 * len(reports[:-1])
+    else:
+        await world.dispatch.receive(session, reports[-1:])
+        assert (await world.command()).output_end == stored
 
 
 async def test_what_was_killed_is_stored_up_to_a_bound(world: World) -> None:

@@ -14,6 +14,7 @@ from tests.support.callers import USER_PASSWORD
 from tests.support.processes import ADMIN_PASSWORD, ServerProcess, find_free_port
 from tests.support.raw_agent import RawAgent, make_hello, raw_agent
 
+from fleetwire_server.http.command_output import READ_BYTES
 from fleetwire_shared.messages import (
     CommandAccepted,
     CommandCancel,
@@ -119,6 +120,14 @@ async def test_a_command_only_the_agent_knows_is_in_the_history_until_its_agent_
         assert (ended["status"], ended["output"], ended["orphan"]) == ("cancelled", "built", True)
         await http_api.delete(f"/api/agents/{agent_id}")
         assert await host.agent.hear_close() == 4001
+
+
+async def test_an_agent_that_is_deleted_while_it_connects_is_not_let_in(http_api: Api) -> None:
+    agent_id, key = await http_api.enrol("deleted")
+    async with asyncio.timeout(30), raw_agent(http_api.url, key) as agent:
+        await http_api.delete(f"/api/agents/{agent_id}")
+        await agent.say(make_hello())
+        assert await agent.hear_close() == 4001
 
 
 async def test_an_offer_that_was_never_answered_expires_by_the_agents_word(http_api: Api) -> None:
@@ -351,3 +360,28 @@ async def test_while_it_runs_a_range_is_of_what_there_is(http_api: Api, host: Ho
     assert (content, told["Output-Gaps"], told["Output-Gap-Bytes"]) == (b"hello", "5-8", "4")
     status, content, told = await fetch(http_api, path, headers={"Range": "bytes=3-"})
     assert (status, content, told["Content-Range"]) == (206, b"lo", "bytes 3-4/9")
+    for last_id, count in ((None, 4), ("4", 4), ("7", 2), ("9", 0), ("99", 0)):
+        async with asyncio.timeout(10), http_api.sse(f"{path}/stream", last_event_id=last_id) as events:
+            heard = [event async for event in events]
+        gaps = [event.json()["count"] for event in heard if event.event == "gap"]
+        assert gaps == ([count] if count else []), last_id
+        assert heard[-1].json() == {"reason": "succeeded"}
+
+
+async def test_a_fetch_while_it_runs_ends_with_what_was_there(http_api: Api, host: Host) -> None:
+    """A client that stops reading, and a command that goes on writing meanwhile."""
+    command_id = await http_api.submit(host.agent_id, "true")
+    await say_accepted(host, command_id)
+    size, chunk = 12 * 1024 * 1024, 64 * 1024
+    for position in range(0, size, chunk):
+        await say_output(host, command_id, bytes(chunk), position)
+    while (await hear(host, OutputStored)).position < size:
+        pass
+    async with asyncio.timeout(60), http_api.open("GET", f"{host.path}/{command_id}/output") as response:
+        assert len(await response.content.readexactly(chunk)) == chunk
+        for position in range(size, size + 3 * 1024 * 1024, chunk):
+            await say_output(host, command_id, bytes(chunk), position)
+        while (await hear(host, OutputStored)).position < size + 3 * 1024 * 1024:
+            pass
+        rest = await response.read()
+    assert size <= chunk + len(rest) <= size + READ_BYTES

@@ -1,4 +1,4 @@
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,6 +8,7 @@ from tests.support.stored import make_agent, make_command, make_key, make_piece
 
 from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess, OutputPiece
 from fleetwire_server.storage import agents, command_keys, commands
+from fleetwire_server.storage.commands import PIECES_IN_TRANSACTION
 from fleetwire_shared.errors import NotFoundError
 
 KEEP_ALL = 1 << 40
@@ -51,13 +52,43 @@ def test_a_command_for_a_deleted_agent_is_refused(connection: Connection) -> Non
         commands.add_command(connection, make_command())
 
 
-def test_history_is_newest_first_and_open_commands_oldest_first(with_command: Connection) -> None:
+def test_history_is_newest_first_and_queued_commands_oldest_first(with_command: Connection) -> None:
     for number in range(2, 6):
         commands.add_command(with_command, make_command(f"cmd_{number}"))
     commands.update_command(with_command, "cmd_3", [CommandStatus.QUEUED], status=CommandStatus.EXPIRED)
     commands.update_command(with_command, "cmd_4", [CommandStatus.QUEUED], status=CommandStatus.RUNNING)
     assert [each.id for each in commands.list_commands(with_command, "agent_1", 3)] == ["cmd_5", "cmd_4", "cmd_3"]
-    assert [each.id for each in commands.list_open(with_command, "agent_1")] == ["cmd_1", "cmd_2", "cmd_4", "cmd_5"]
+    assert [each.id for each in commands.list_queued(with_command, "agent_1", 2)] == ["cmd_1", "cmd_2"]
+    assert [each.id for each in commands.list_queued(with_command, "agent_1", 9)] == ["cmd_1", "cmd_2", "cmd_5"]
+    assert [commands.count_open(with_command, agent_id) for agent_id in ("agent_1", "agent_2")] == [4, 0]
+
+
+def test_only_what_was_ended_without_the_agents_word_is_ended_alone(with_command: Connection) -> None:
+    fields: list[dict[str, Any]] = [{}, {"offered_to": "i"}, {"accepted_at": 1.0}, {"agent_id": "agent_2"}]
+    agents.add_agent(with_command, make_agent("agent_2"), make_key("key2", "agent_2"))
+    made = [
+        make_command(f"cmd_{status}_{number}", status=status, **each)
+        for status in CommandStatus
+        for number, each in enumerate(fields)
+    ]
+    for command in made:
+        commands.add_command(with_command, command)
+    listed = commands.list_ended_alone(with_command, "agent_1", 99)
+    assert {command.id for command in listed} == {"cmd_cancelled_0", "cmd_expired_0"}
+    assert all(command.is_ended_alone for command in listed)
+    assert [command for command in made if command.is_ended_alone and command.agent_id == "agent_1"] == sorted(
+        listed, key=lambda command: command.id
+    )
+    assert len(commands.list_ended_alone(with_command, "agent_1", 1)) == 1
+
+
+def test_of_many_queued_commands_only_those_asked_for_are_read(with_command: Connection) -> None:
+    """By the plan: an index leads to the first ones, in order."""
+    plan = with_command.exec_driver_sql(
+        "EXPLAIN QUERY PLAN SELECT * FROM commands WHERE agent_id = 'a' AND status = 'queued' ORDER BY sequence LIMIT 9"
+    )
+    (step,) = [row[-1] for row in plan]
+    assert step == "SEARCH commands USING INDEX commands_agent_id_status (agent_id=? AND status=?)"
 
 
 def test_only_queued_commands_past_their_time_are_expirable(with_command: Connection) -> None:
@@ -227,6 +258,39 @@ def test_old_commands_are_removed_a_few_at_a_time(with_command: Connection) -> N
     assert commands.delete_old_commands(with_command, 105.0, 2) == 0
     assert [each.id for each in commands.list_commands(with_command, "agent_1")] == ["cmd_5", "cmd_1"]
     assert commands.list_output(with_command, "cmd_2", 0, 1000) == []
+
+
+def test_much_output_is_removed_before_its_command_a_part_at_a_time(with_command: Connection) -> None:
+    def fill(command_id: str, count: int) -> None:
+        commands.add_command(with_command, make_command(command_id, status=CommandStatus.SUCCEEDED))
+        pieces = [make_piece(b"x", position) for position in range(count)]
+        commands.add_output(with_command, command_id, pieces, KEEP_ALL)
+
+    def left() -> int:
+        return int(with_command.exec_driver_sql("SELECT count(*) FROM command_output").scalar_one())
+
+    fill("cmd_2", 2 * PIECES_IN_TRANSACTION + 1)
+    fill("cmd_3", 1)
+    steps: list[tuple[int, int]] = []
+    while not steps or steps[-1][0] == 9:
+        steps.append((commands.delete_old_commands(with_command, 105.0, 9), left()))
+    assert steps == [(9, PIECES_IN_TRANSACTION + 2), (9, 2), (2, 0)]
+
+    fill("cmd_4", PIECES_IN_TRANSACTION + 1)
+    agents.add_agent(with_command, make_agent("agent_2"), make_key("key2", "agent_2"))
+    commands.add_command(with_command, make_command("cmd_5", agent_id="agent_2"))
+    commands.add_output(with_command, "cmd_5", [make_piece(b"x")], KEEP_ALL)
+    assert [commands.delete_output_of_agent(with_command, "agent_1") for _ in range(2)] == [True, False]
+    assert left() == 1
+    assert get(with_command, "cmd_4").output_end == PIECES_IN_TRANSACTION + 1
+    plan = [
+        row[-1]
+        for row in with_command.exec_driver_sql(
+            "EXPLAIN QUERY PLAN DELETE FROM command_output WHERE (command_id, position) IN (SELECT command_id, position"
+            " FROM commands JOIN command_output ON commands.id = command_id WHERE agent_id = 'a' LIMIT 9)"
+        )
+    ]
+    assert [step for step in plan if step.startswith("SCAN")] == []
 
 
 Streams = list[tuple[Literal["stdout", "stderr"], int]]
