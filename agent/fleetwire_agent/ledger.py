@@ -196,6 +196,10 @@ class Ledger:
         for entry in self._entries.values():
             entry.is_on_disk = entry.is_accepted_sent = True
             entry.is_ending_on_disk = entry.ending is not None
+            if entry.state is State.ACCEPTED and self.directory_of(entry).exists():
+                # A runner may wait there for an agent that was killed, in a unit of that name: the next gets another.
+                self.forget_directory(entry)
+                entry.attempt += 1
             self._find_output(entry)
         self._remove_strays()
         self._update_reported()
@@ -204,6 +208,9 @@ class Ledger:
     def begin(self) -> None:
         """Write down which instance this is, in the loop. Call it once, after `open`."""
         self._append({"record": "instance", "instance_id": self.instance_id})
+        for entry in self._entries.values():
+            if entry.state is State.ACCEPTED and entry.attempt > 1:
+                self._append(_never_ran(entry), is_durable=False)
 
     def close(self) -> None:
         """Blocking."""
@@ -250,7 +257,7 @@ class Ledger:
             if entry.state in (State.STARTING, State.RUNNING):
                 yield _pack({"record": "starting", **known, "attempt": entry.attempt, "boot_id": entry.started_boot_id})
             elif entry.attempt > 1:
-                yield _pack({"record": "never_ran", **known, "attempt": entry.attempt})
+                yield _pack(_never_ran(entry))
             if entry.started_at is not None:
                 yield _pack({"record": "running", **known, "started_at": entry.started_at})
             if entry.ending:
@@ -337,7 +344,7 @@ class Ledger:
         self._move(entry, Event.NEVER_RAN)
         self.forget_directory(entry)
         entry.attempt += 1
-        self._append({"record": "never_ran", "command_id": entry.command_id, "attempt": entry.attempt})
+        self._append(_never_ran(entry))
 
     def finish(self, entry: Entry, ending: Ending, event: Event = Event.FINISHED) -> None:
         """Write down how a command ended; the server is told when that is on disk."""
@@ -494,6 +501,10 @@ def _accepted(entry: Entry) -> dict[str, Any]:
         "expires_at": entry.expires_at,
         "expires_boottime": entry.expires_boottime,
     }
+
+
+def _never_ran(entry: Entry) -> dict[str, Any]:
+    return {"record": "never_ran", "command_id": entry.command_id, "attempt": entry.attempt}
 
 
 def _ended_at(entry: Entry) -> float:
