@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from tests.agent.command_rig import Rig, make_offer, open_rig
+from tests.support.commands import living_pids
 
 from fleetwire_agent.command_states import State
 from fleetwire_agent.ledger import Ledger
@@ -365,6 +366,27 @@ async def test_what_was_about_to_start_and_never_did_is_started_exactly_once(tmp
             assert (await rig.result_of()).status == "succeeded"
             assert rig.entry().attempt == 2
     assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_a_runner_whose_agent_was_killed_before_it_connected_gives_way_to_another(tmp_path: Path) -> None:
+    state, ran = tmp_path / "state", tmp_path / "ran"
+    ledger = Ledger(state, boot_id="boot", new_instance_id="instance")
+    ledger.open()
+    ledger.begin()
+    entry, saved = ledger.add(make_offer(f"echo ran >> {ran}"))
+    await saved
+    directory = ledger.directory_of(entry)
+    files.write_order(str(directory), make_order(f"echo ran >> {ran}"))
+    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
+        await make_launcher(spawner).launch(directory, entry.command_id)
+    (runner,) = living_pids(str(directory))
+    ledger.close()
+    for _ in range(2):
+        async with open_rig(state) as rig:
+            assert rig.entry().attempt == 2, "systemd refuses a unit whose name is taken"
+            assert (await rig.result_of()).status == "succeeded"
+    await wait_until_gone(runner)
+    assert ran.read_text() == "ran\n"
 
 
 async def test_what_an_agent_has_claimed_is_never_started_by_its_runner(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -26,28 +27,26 @@ class Sync(NamedTuple):
         return f"{self.call}-{self.number}"
 
 
-def tracing(log: Path, *, kill_at: Sync | None = None, with_children: bool = False) -> list[str]:
+def tracing(log: Path, *, kill_at: Sync | None = None) -> list[str]:
     """Return what starts a program so that it is killed when one of its threads syncs so for the n-th time.
 
     Args:
         log: gets a line for each sync, which begins with the thread's number.
-        kill_at: None: only write the log.
-        with_children: also count, and kill, what it starts."""
+        kill_at: None: only write the log."""
     kill = ["-e", f"inject={kill_at.call}:signal=SIGKILL:when={kill_at.number}"] if kill_at else []
-    # -DDD: the program, not strace, is the child that was asked for. strace counts each thread and call for itself.
-    alone = [] if with_children else ["-b", "execve"]
     return [
         "strace",
-        "-DDD",
-        "-f",
-        *alone,
+        "-DDD",  # the program, not strace, is the child that was asked for
+        "-f",  # all threads; strace counts each of them, and each call, for itself
+        "-b",  # but not what it starts
+        "execve",
         "-qq",
         "-o",
         str(log),
         "-e",
         "signal=none",
         "-e",
-        "trace=fsync,fdatasync",
+        f"trace={','.join(CALLS)}",
         *kill,
     ]
 
@@ -71,16 +70,26 @@ def tracing_runners(directory: Path, log: Path, *, kill_at: Sync | None = None) 
 
 def list_syncs(*logs: Path) -> list[Sync]:
     """Return all the moments at which one thread, the one that did most, could be killed."""
-    counts: Counter[tuple[str, str]] = Counter()
-    for log in logs:
-        counts.update((words[0], words[1].partition("(")[0]) for line in _read_syncs(log) if (words := line.split()))
-    last = {call: max((count for (_, name), count in counts.items() if name == call), default=0) for call in CALLS}
+    last: dict[str, int] = dict.fromkeys(CALLS, 0)
+    for (_, call), count in _count(logs).items():
+        last[call] = max(last[call], count)
     return [Sync(call, number) for call in CALLS for number in range(1, last[call] + 1)]
+
+
+def count_syncs(*logs: Path) -> int:
+    """Return how many there were: more than `list_syncs` has where a thread hides behind one that is ahead of it."""
+    return _count(logs).total()
 
 
 def has_killed(*logs: Path) -> bool:
     """Whether a sync was never finished."""
     return any(line.endswith("= ?") for log in logs for line in _read_syncs(log))
+
+
+def _count(logs: Sequence[Path]) -> Counter[tuple[str, str]]:
+    """Return how often each thread made each call."""
+    words = [line.split() for log in logs for line in _read_syncs(log)]
+    return Counter((thread, call.partition("(")[0]) for thread, call, *_ in words)
 
 
 def _read_syncs(log: Path) -> list[str]:

@@ -390,11 +390,14 @@ def _run(directory: str) -> int:
 
 
 def _await_go(link: AgentLink, supervisor: Supervisor) -> bool:
-    """Wait for the agent to connect and say go. It says stop, or leaves without go, when it has changed its mind."""
+    """Wait for the agent to connect and say go. It says stop, or leaves without go, when it has changed its mind; where
+    it was killed before it connected, the next one removes the directory and has another runner started."""
     deadline = time.monotonic() + GO_SECONDS
     has_met = False
     while time.monotonic() < deadline and not supervisor.is_terminated:
         readable, _, _ = select.select(link.descriptors, [], [], max(0.0, min(1.0, deadline - time.monotonic())))
+        if not os.path.exists(SOCKET):  # noqa: PTH110 - another has been ordered, or the command was given up
+            return False
         if readable:
             has_met = link.accept() or has_met
             words = link.receive()

@@ -25,8 +25,8 @@ SECONDS_PER_STRIKE: Final = 3.0  # about what one takes: submits are spread over
 SETTLE_SECONDS: Final = 150.0
 """How long all may take to end once all is healed; an agent's backoff alone can be 60."""
 
-LEAVE_SECONDS: Final = 75.0
-"""How long what ran commands may stay once all are over: what an agent was killed while starting waits a minute."""
+LEAVE_SECONDS: Final = 15.0
+"""How long what ran commands may stay once all are over."""
 
 _AT_ONCE: Final = 8  # calls, while answers are collected
 _LOOK_AT: Final = 40  # commands in a round of waiting
