@@ -136,12 +136,12 @@ class Dispatch:
         try:
             stored = await self._store.write(partial(_add, command=command, key=key, session=session))
         finally:
-            if session is not None and (stored is None or stored.id != command.id):
+            if session is not None and not _is_offered(stored, command.id):
                 session.command_ids.discard(command.id)
         if stored.id != command.id:
             return stored
         self._announce(stored)
-        if session is not None:
+        if session is not None and stored.status is CommandStatus.OFFERED:
             await self._deliver(session, [stored])
         elif (present := self._sessions.get(command.agent_id)) is not None:
             await self.offer_waiting(present)
@@ -185,17 +185,27 @@ class Dispatch:
         return settled
 
     async def offer_waiting(self, session: AgentSession) -> None:
-        """Offer the commands that wait for this agent, oldest first; those that waited too long expire."""
-        room = MAX_HELD_BY_AGENT - len(session.command_ids)
-        if room <= 0:
-            session.has_queued = True  # perhaps: looked at when one of those it holds has ended
+        """Offer the commands that wait for this agent, oldest first, while there is room for them.
+
+        One call at a time does so, and looks again for the others: two would offer twice what there is room for."""
+        session.has_queued = True  # perhaps; without room, looked at when one of those it holds has ended
+        if session.is_offering:
             return
-        changed, session.has_queued = await self._store.write(
-            partial(_offer_waiting, session=session, room=room, now=self._now())
-        )
-        for command in changed:
-            self._announce(command)
-        await self._deliver(session, [each for each in changed if each.status is CommandStatus.OFFERED])
+        session.is_offering = True
+        try:
+            while session.has_queued and (room := MAX_HELD_BY_AGENT - len(session.command_ids)) > 0:
+                session.has_queued = False
+                offered, has_more = await self._store.write(
+                    partial(_offer_waiting, session=session, room=room, now=self._now())
+                )
+                session.has_queued |= has_more
+                for command in offered:
+                    self._announce(command)
+                await self._deliver(session, offered)
+                if self._sessions.get(session.agent_id) is not session:
+                    return  # what waits is its successor's
+        finally:
+            session.is_offering = False
 
     async def ask_about_ended(self, session: AgentSession) -> None:
         """Ask the agent what it remembers of commands that were ended here without its word.
@@ -348,12 +358,17 @@ def _move(
 def _add(connection: Connection, *, command: Command, key: CommandKey | None, session: AgentSession | None) -> Command:
     if key is not None and (earlier := _find_earlier(connection, key=key)) is not None:
         return earlier
+    may_offer = session is not None and not commands.has_queued(connection, command.agent_id)
     commands.add_command(connection, command)
     if key is not None:
         command_keys.add_key(connection, key, command.id)
-    if session is None:
+    if session is None or not may_offer:
         return command
     return _offer(connection, command, session, command.created_at) or command
+
+
+def _is_offered(stored: Command | None, command_id: str) -> bool:
+    return stored is not None and stored.id == command_id and stored.status is CommandStatus.OFFERED
 
 
 def _find_earlier(connection: Connection, *, key: CommandKey) -> Command | None:
@@ -415,11 +430,11 @@ def _expire(connection: Connection, *, due: Iterable[Command], now: float) -> li
 def _offer_waiting(
     connection: Connection, *, session: AgentSession, room: int, now: float
 ) -> tuple[list[Command], bool]:
-    """Offer up to `room` queued commands; return those that changed, and whether some are still queued."""
-    expired = _expire(connection, due=commands.list_expirable(connection, now, agent_id=session.agent_id), now=now)
-    due = commands.list_queued(connection, session.agent_id, limit=room + 1)
-    offered = [_offer(connection, command, session, now) for command in due[:room] if command.expires_at > now]
-    return expired + [command for command in offered if command is not None], len(due) > room
+    """Offer up to `room` queued commands; return them, and whether more are queued. Those that are out of time are
+    passed over: `run_expiry` ends them."""
+    due = commands.list_queued(connection, session.agent_id, now, limit=room + 1)
+    offered = [_offer(connection, command, session, now) for command in due[:room]]
+    return [command for command in offered if command is not None], len(due) > room
 
 
 # -------------------------------------------------------------------- at a connect

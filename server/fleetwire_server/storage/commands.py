@@ -36,6 +36,16 @@ _GET_STREAM_END = (
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
+_IS_QUEUED = (COMMANDS.c.agent_id == bindparam("agent_id")) & (COMMANDS.c.status == CommandStatus.QUEUED.value)
+_ANY_QUEUED = select(COMMANDS.c.sequence).where(_IS_QUEUED).limit(1)
+_LIST_QUEUED = (
+    select(COMMANDS)
+    # As a sum: SQLite would take the index on (status, expires_at), and read and sort what waits for all agents.
+    .where(_IS_QUEUED, COMMANDS.c.expires_at + 0.0 > bindparam("now"))
+    .order_by(COMMANDS.c.sequence)
+    .limit(bindparam("limit"))
+)
+
 _OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
 _GIVEN = tuple(status for status in _OPEN if status != CommandStatus.QUEUED.value)
 _STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
@@ -120,14 +130,6 @@ def count_open(connection: Connection, agent_id: str) -> int:
     return connection.execute(wanted).scalar_one()
 
 
-def list_queued(connection: Connection, agent_id: str, limit: int) -> list[Command]:
-    """Return the first of the agent's commands that are queued, oldest first.
-
-    Of ten thousand that wait, each of up to 128 KiB, only these are read: this is called whenever one has ended."""
-    queued = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status == CommandStatus.QUEUED.value)
-    return [_command_from(row) for row in connection.execute(queued.order_by(COMMANDS.c.sequence).limit(limit))]
-
-
 def list_ended_alone(connection: Connection, agent_id: str, limit: int) -> list[Command]:
     """Return some of the agent's commands that were ended here without its word, see Command.is_ended_alone."""
     wanted = select(COMMANDS).where(
@@ -137,6 +139,16 @@ def list_ended_alone(connection: Connection, agent_id: str, limit: int) -> list[
         COMMANDS.c.accepted_at.is_(None),
     )
     return [_command_from(row) for row in connection.execute(wanted.limit(limit))]
+
+
+def list_queued(connection: Connection, agent_id: str, now: float, limit: int) -> list[Command]:
+    """Return the agent's first queued commands that have time left, oldest first."""
+    wanted = {"agent_id": agent_id, "now": now, "limit": limit}
+    return [_command_from(row) for row in connection.execute(_LIST_QUEUED, wanted)]
+
+
+def has_queued(connection: Connection, agent_id: str) -> bool:
+    return connection.execute(_ANY_QUEUED, {"agent_id": agent_id}).first() is not None
 
 
 def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:
@@ -163,13 +175,9 @@ def count_orphans(connection: Connection, agent_id: str) -> int:
     return connection.execute(wanted).scalar_one()
 
 
-def list_expirable(
-    connection: Connection, now: float, limit: int = 1000, *, agent_id: str | None = None
-) -> list[Command]:
-    """Return queued commands, of one agent where it is given, whose time to be offered is over, oldest first."""
+def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
+    """Return queued commands whose time to be offered is over, oldest first."""
     overdue = select(COMMANDS).where(COMMANDS.c.status == CommandStatus.QUEUED.value, COMMANDS.c.expires_at <= now)
-    if agent_id is not None:
-        overdue = overdue.where(COMMANDS.c.agent_id == agent_id)
     return [_command_from(row) for row in connection.execute(overdue.order_by(COMMANDS.c.sequence).limit(limit))]
 
 

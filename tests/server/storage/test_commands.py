@@ -58,8 +58,8 @@ def test_history_is_newest_first_and_queued_commands_oldest_first(with_command: 
     commands.update_command(with_command, "cmd_3", [CommandStatus.QUEUED], status=CommandStatus.EXPIRED)
     commands.update_command(with_command, "cmd_4", [CommandStatus.QUEUED], status=CommandStatus.RUNNING)
     assert [each.id for each in commands.list_commands(with_command, "agent_1", 3)] == ["cmd_5", "cmd_4", "cmd_3"]
-    assert [each.id for each in commands.list_queued(with_command, "agent_1", 2)] == ["cmd_1", "cmd_2"]
-    assert [each.id for each in commands.list_queued(with_command, "agent_1", 9)] == ["cmd_1", "cmd_2", "cmd_5"]
+    assert [each.id for each in commands.list_queued(with_command, "agent_1", 0.0, 2)] == ["cmd_1", "cmd_2"]
+    assert [each.id for each in commands.list_queued(with_command, "agent_1", 0.0, 9)] == ["cmd_1", "cmd_2", "cmd_5"]
     assert [commands.count_open(with_command, agent_id) for agent_id in ("agent_1", "agent_2")] == [4, 0]
 
 
@@ -82,20 +82,33 @@ def test_only_what_was_ended_without_the_agents_word_is_ended_alone(with_command
     assert len(commands.list_ended_alone(with_command, "agent_1", 1)) == 1
 
 
-def test_of_many_queued_commands_only_those_asked_for_are_read(with_command: Connection) -> None:
-    """By the plan: an index leads to the first ones, in order."""
-    plan = with_command.exec_driver_sql(
-        "EXPLAIN QUERY PLAN SELECT * FROM commands WHERE agent_id = 'a' AND status = 'queued' ORDER BY sequence LIMIT 9"
-    )
-    (step,) = [row[-1] for row in plan]
-    assert step == "SEARCH commands USING INDEX commands_agent_id_status (agent_id=? AND status=?)"
-
-
 def test_only_queued_commands_past_their_time_are_expirable(with_command: Connection) -> None:
     commands.add_command(with_command, make_command("cmd_2", status=CommandStatus.OFFERED))
     commands.add_command(with_command, make_command("cmd_3", expires_at=5000.0))
     assert commands.list_expirable(with_command, 3699.0) == []
     assert [each.id for each in commands.list_expirable(with_command, 3700.0)] == ["cmd_1"]
+
+
+def test_the_next_in_the_queue_are_found_without_reading_the_queue(with_command: Connection) -> None:
+    for number in range(2, 3000):
+        commands.add_command(with_command, make_command(f"cmd_{number}", expires_at=150.0 + number))
+    commands.update_command(with_command, "cmd_1", [CommandStatus.QUEUED], status=CommandStatus.OFFERED)
+    steps = 0
+
+    def count_steps() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    driver = with_command.connection.driver_connection
+    assert driver is not None
+    driver.set_progress_handler(count_steps, 1)
+    found = commands.list_queued(with_command, "agent_1", now=155.0, limit=3)
+    assert commands.has_queued(with_command, "agent_1")
+    driver.set_progress_handler(None, 1)
+    assert [command.id for command in found] == ["cmd_6", "cmd_7", "cmd_8"]  # in the order of the queue, with time left
+    assert steps < 1000
+    assert not commands.has_queued(with_command, "agent_2")
 
 
 def test_an_update_needs_an_expected_status(with_command: Connection) -> None:
