@@ -348,13 +348,13 @@ class Commands:
         """Prepare a runner, wait for the turn, start the command, and watch it to its end."""
         entry = run.entry
         directory = self._ledger.directory_of(entry)
-        if await asyncio.to_thread(directory.is_dir):  # of an agent that was killed before it gave the word
-            await runners.dismiss(directory)
-            if entry.state is not State.ACCEPTED:  # withdrawn meanwhile
-                return
-            self._ledger.record_never_ran(entry)
-            directory = self._ledger.directory_of(entry)
         try:
+            if await asyncio.to_thread(directory.is_dir):  # of an agent that was killed before it gave the word
+                await runners.dismiss(directory)
+                if entry.state is not State.ACCEPTED:  # withdrawn meanwhile
+                    return
+                self._ledger.record_never_ran(entry)
+                directory = self._ledger.directory_of(entry)
             await self._prepare(entry, directory)
             run.link = runners.connect(directory)
         except (OSError, UnavailableError) as err:
@@ -396,7 +396,7 @@ class Commands:
         """Go on with a command that an earlier agent started, or was about to."""
         directory = self._ledger.directory_of(run.entry)
         run.is_prepared.set()
-        if self._may_be_of_this_boot(run.entry):
+        if run.entry.started_boot_id in (self._ledger.boot_id, None):
             try:
                 run.link = runners.connect(directory)
             except OSError as err:
@@ -452,7 +452,7 @@ class Commands:
             if self._may_be_of_this_boot(entry):
                 await runners.kill_leftovers(directory)
         if result is None:
-            _log.error("%s is interrupted: %s", entry.command_id, error)
+            _log.warning("%s is interrupted: %s", entry.command_id, error)
             self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error))
             return
         self._ledger.finish(entry, _ending_from(entry, result))

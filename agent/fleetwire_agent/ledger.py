@@ -331,6 +331,7 @@ class Ledger:
     def drop(self, entry: Entry) -> None:
         """Forget a command whose acceptance could not be written: nobody was told of it."""
         self._entries.pop(entry.command_id, None)
+        self._update_reported()
 
     async def record_starting(self, entry: Entry) -> None:
         """Write down that the command may run from here on; returns when that is on disk."""

@@ -155,6 +155,20 @@ async def test_a_killed_runner_leaves_no_orphan_without_an_environment_and_no_co
         assert not await asyncio.to_thread(os.path.exists, traces.control_group)
 
 
+async def test_what_a_command_leaves_in_the_background_goes_on_and_its_control_group_goes(tmp_path: Path) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(make_offer("sleep 600 >/dev/null 2>&1 & echo $!; sleep 0.2"))
+        pid = await rig.first_line()
+        traces = files.read_traces(str(rig.entry().directory))
+        assert (await rig.result_of()).status == "succeeded"
+        assert traces
+        await wait_until_gone(traces.runner_pid)
+        assert read_process(pid)
+        os.kill(pid, signal.SIGKILL)
+        if traces.control_group is not None:
+            assert not await asyncio.to_thread(os.path.exists, traces.control_group)
+
+
 async def test_a_shell_whose_runner_is_killed_before_it_ran_never_runs(tmp_path: Path) -> None:
     """The runner is killed after the fork, where neither its traces nor an environment tell of the child."""
     program = (

@@ -38,25 +38,20 @@ class ControlGroup:
                     os.kill(pid, 9)
 
     def remove(self) -> None:
-        """Remove the group unless something still runs in it."""
+        """Remove the group: nobody would when what still runs in it has ended. That goes on in the group above."""
         deadline = time.monotonic() + _FREE_SECONDS
         for directory, _, _ in os.walk(self._path, topdown=False):
-            while not _remove_directory(directory) and time.monotonic() < deadline and not self._list_pids():
+            while not _remove_directory(directory) and time.monotonic() < deadline:
+                for pid in _read_pids(directory):
+                    with suppress(OSError):  # it has ended
+                        _write(f"{directory}/../cgroup.procs", str(pid))
                 time.sleep(0.005)
 
     def _list_pids(self) -> list[int]:
-        pids: list[int] = []
-        for directory, _, _ in os.walk(self._path):
-            with suppress(OSError), open(f"{directory}/cgroup.procs", encoding="ascii") as file:  # noqa: PTH123
-                pids += [int(line) for line in file if line != "0\n"]  # 0: of another pid namespace
-        return pids
+        return [pid for directory, _, _ in os.walk(self._path) for pid in _read_pids(directory)]
 
     def _write(self, name: str, content: str) -> None:
-        descriptor = os.open(f"{self._path}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.write(descriptor, content.encode())
-        finally:
-            os.close(descriptor)
+        _write(f"{self._path}/{name}", content)
 
 
 def choose_control_group(command_id: str) -> str | None:
@@ -94,6 +89,23 @@ def _find_own_group() -> str | None:
     if own is None or mountpoint is None or own.startswith("/.."):
         return None
     return f"{mountpoint}{own}".rstrip("/")
+
+
+def _read_pids(directory: str) -> list[int]:
+    """Return the processes of this one group; none where it is gone."""
+    try:
+        with open(f"{directory}/cgroup.procs", encoding="ascii") as file:  # noqa: PTH123
+            return [int(line) for line in file if line != "0\n"]  # 0: of another pid namespace
+    except OSError:
+        return []
+
+
+def _write(path: str, content: str) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(descriptor, content.encode())
+    finally:
+        os.close(descriptor)
 
 
 def _remove_directory(path: str) -> bool:
