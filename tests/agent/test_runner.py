@@ -4,7 +4,9 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -372,6 +374,17 @@ def test_a_result_that_is_too_large_lists_fewer_of_the_killed(tmp_path: Path) ->
 def test_only_the_first_claims(tmp_path: Path) -> None:
     assert files.claim(str(tmp_path))
     assert not files.claim(str(tmp_path))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_a_full_disk_keeps_nobody_from_claiming(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=True)
+    try:
+        with suppress(OSError):
+            (tmp_path / "filling").write_bytes(bytes(128 * 1024))
+        assert [files.claim(str(tmp_path)), files.claim(str(tmp_path))] == [True, False]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_an_order_is_read_back(tmp_path: Path) -> None:

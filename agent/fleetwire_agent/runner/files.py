@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from contextlib import suppress
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
 
 ORDER: Final = "order.json"
@@ -106,7 +107,8 @@ def claim(directory: str) -> bool:
         descriptor = os.open(f"{directory}/{CLAIM}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return False
-    os.write(descriptor, b"%d\n" % os.getpid())
+    with suppress(OSError):  # a full disk; that the file is there counts, who made it is for people to read
+        os.write(descriptor, b"%d\n" % os.getpid())
     os.close(descriptor)
     return True
 
