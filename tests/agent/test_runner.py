@@ -6,9 +6,11 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -600,6 +602,17 @@ def test_only_the_first_claims(tmp_path: Path) -> None:
     assert files.claim(str(tmp_path), "agent")
     assert not files.claim(str(tmp_path), "runner")
     assert files.claim(str(tmp_path), "agent")  # also the next agent knows that it never ran
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="takes root")
+def test_a_full_disk_keeps_nobody_from_claiming(tmp_path: Path) -> None:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", tmp_path], check=True)
+    try:
+        with suppress(OSError):
+            (tmp_path / "filling").write_bytes(bytes(128 * 1024))
+        assert [files.claim(str(tmp_path), who) for who in ("agent", "runner")] == [True, False]
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
 
 
 def test_an_order_is_read_back(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -52,7 +53,12 @@ def tell(outcome: Outcome, directory: Path) -> None:
 @contextmanager
 def _directory(kept: Path | None) -> Iterator[Path]:
     if kept is not None:
-        kept.mkdir(parents=True)
+        try:
+            kept.mkdir(parents=True)
+        except FileExistsError as err:
+            raise ChaosError(f"--keep: {kept} exists; give a new directory") from err
+        except OSError as err:
+            raise ChaosError(f"--keep: {kept} cannot be made: {err.strerror}; give another directory") from err
         yield kept.resolve()
         return
     with tempfile.TemporaryDirectory(prefix="fleetwire-chaos-") as name:
@@ -63,18 +69,21 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+def _whole(text: str, *, at_least: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"must be a whole number, {at_least} or more, got {text}")
     return int(text)
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/chaos", description="Run commands while everything fails.")
-    parser.add_argument("--commands", type=_positive, required=True, metavar="N", help="how many")
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="of the schedule; default: any")
-    parser.add_argument("--agents", type=_positive, default=1, metavar="K", help="default: 1")
-    parser.add_argument("--strikes", type=int, metavar="N", help="how often faults strike; default: by the commands")
+    positive, natural = partial(_whole, at_least=1), partial(_whole, at_least=0)
+    parser.add_argument("--commands", type=positive, required=True, metavar="N", help="how many")
+    parser.add_argument("--seed", type=natural, default=secrets.randbelow(10**6), help="of the schedule; default: any")
+    parser.add_argument("--agents", type=positive, default=1, metavar="K", help="how many; default: 1")
+    parser.add_argument(
+        "--strikes", type=natural, metavar="N", help="how often faults strike; default: by the commands"
+    )
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and state there, in a new directory")
     return parser.parse_args()
 

@@ -359,10 +359,10 @@ class Run:
 
     def _find_processes(self) -> list[tuple[str, Evidence | None]]:
         """Return what of this run still lives, beside the parts themselves, and whose it is."""
-        own = {part.pid for part in self.fleet.parts}
+        own = tuple(" ".join(part.arguments) for part in self.fleet.parts)  # a prefix may have made it another's child
         found = []
         for living in find_living(str(self.fleet.directory)):
-            if living.pid in own:
+            if living.command_line.endswith(own):
                 continue
             named = re.findall(r"cmd_[0-9a-z]{20}", f"{living.command_id} {living.command_line}")
             owners = [self._by_id[name] for name in named if name in self._by_id]
