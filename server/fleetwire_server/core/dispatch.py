@@ -123,12 +123,12 @@ class Dispatch:
         try:
             stored = await self._store.write(partial(_add, command=command, key=key, session=session))
         finally:
-            if session is not None and (stored is None or stored.id != command.id):
+            if session is not None and not _is_offered(stored, command.id):
                 session.command_ids.discard(command.id)
         if stored.id != command.id:
             return stored
         self._announce(stored)
-        if session is not None:
+        if session is not None and stored.status is CommandStatus.OFFERED:
             await self._deliver(session, [stored])
         elif (present := self._sessions.get(command.agent_id)) is not None:
             await self.offer_waiting(present)
@@ -139,7 +139,7 @@ class Dispatch:
         session = self._sessions.get(command.agent_id)
         if session is None:
             return None
-        if session.has_queued or len(session.command_ids) >= MAX_HELD_BY_AGENT:
+        if session.has_queued or session.offering.locked() or len(session.command_ids) >= MAX_HELD_BY_AGENT:
             session.has_queued = True
             return None
         session.command_ids.add(command.id)  # counts from now on, as others may be submitted meanwhile
@@ -168,17 +168,23 @@ class Dispatch:
         return settled
 
     async def offer_waiting(self, session: AgentSession) -> None:
-        """Offer the commands that wait for this agent, oldest first; those that waited too long expire."""
-        room = MAX_HELD_BY_AGENT - len(session.command_ids)
-        if room <= 0:
-            session.has_queued = True  # perhaps: looked at when one of those it holds has ended
-            return
-        changed, session.has_queued = await self._store.write(
-            partial(_offer_waiting, session=session, room=room, now=self._now())
-        )
-        for command in changed:
-            self._announce(command)
-        await self._deliver(session, [each for each in changed if each.status is CommandStatus.OFFERED])
+        """Offer the commands that wait for this agent, oldest first, as many as there is room for.
+
+        One call at a time: two would offer twice what there is room for. What a call before this one has offered
+        already is not looked for again."""
+        session.has_queued = True  # perhaps; without room, looked at when one of those it holds has ended
+        async with session.offering:
+            room = MAX_HELD_BY_AGENT - len(session.command_ids)
+            if not session.has_queued or room <= 0:
+                return
+            session.has_queued = False
+            offered, has_more = await self._store.write(
+                partial(_offer_waiting, session=session, room=room, now=self._now())
+            )
+            session.has_queued |= has_more
+            for command in offered:
+                self._announce(command)
+            await self._deliver(session, offered)
 
     async def _deliver(self, session: AgentSession, offered: Sequence[Command]) -> None:
         """Send what is stored as offered to this session; where it is gone meanwhile, its successor is offered it."""
@@ -294,12 +300,17 @@ def _move(
 def _add(connection: Connection, *, command: Command, key: CommandKey | None, session: AgentSession | None) -> Command:
     if key is not None and (earlier := _find_earlier(connection, key=key)) is not None:
         return earlier
+    may_offer = session is not None and not commands.has_queued(connection, command.agent_id)
     commands.add_command(connection, command)
     if key is not None:
         command_keys.add_key(connection, key, command.id)
-    if session is None:
+    if session is None or not may_offer:
         return command
     return _offer(connection, command, session, command.created_at) or command
+
+
+def _is_offered(stored: Command | None, command_id: str) -> bool:
+    return stored is not None and stored.id == command_id and stored.status is CommandStatus.OFFERED
 
 
 def _find_earlier(connection: Connection, *, key: CommandKey) -> Command | None:
@@ -368,16 +379,11 @@ def _expire(connection: Connection, *, due: Iterable[Command], now: float) -> li
 def _offer_waiting(
     connection: Connection, *, session: AgentSession, room: int, now: float
 ) -> tuple[list[Command], bool]:
-    """Offer up to `room` queued commands; return those that changed, and whether some are still queued."""
-    queued = [
-        command
-        for command in commands.list_open(connection, session.agent_id)
-        if command.status is CommandStatus.QUEUED
-    ]
-    expired = _expire(connection, due=[command for command in queued if command.expires_at <= now], now=now)
-    due = [command for command in queued if command.expires_at > now]
+    """Offer up to `room` queued commands; return them, and whether more are queued. Those that are out of time are
+    passed over: `run_expiry` ends them."""
+    due = commands.list_queued(connection, session.agent_id, now, limit=room + 1)
     offered = [_offer(connection, command, session, now) for command in due[:room]]
-    return expired + [command for command in offered if command is not None], len(due) > room
+    return [command for command in offered if command is not None], len(due) > room
 
 
 # -------------------------------------------------------------------- at a connect

@@ -39,6 +39,7 @@ class AgentSession:
     connected_at: float
     command_ids: set[str] = field(default_factory=set)  # commands this agent may report on in this session
     has_queued: bool = False  # some of its commands wait here, as it holds as many as it may
+    offering: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while they are offered
 
 
 @dataclass(slots=True)

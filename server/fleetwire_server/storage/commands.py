@@ -26,6 +26,16 @@ _GET_OUTPUT_END = select(
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
+_IS_QUEUED = (COMMANDS.c.agent_id == bindparam("agent_id")) & (COMMANDS.c.status == CommandStatus.QUEUED.value)
+_ANY_QUEUED = select(COMMANDS.c.sequence).where(_IS_QUEUED).limit(1)
+_LIST_QUEUED = (
+    select(COMMANDS)
+    # As a sum: SQLite would take the index on (status, expires_at), and read and sort what waits for all agents.
+    .where(_IS_QUEUED, COMMANDS.c.expires_at + 0.0 > bindparam("now"))
+    .order_by(COMMANDS.c.sequence)
+    .limit(bindparam("limit"))
+)
+
 _OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
 _STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 
@@ -108,6 +118,16 @@ def list_open(connection: Connection, agent_id: str) -> list[Command]:
     wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
     # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
     return [_command_from(row) for row in sorted(connection.execute(wanted), key=lambda row: row.sequence)]
+
+
+def list_queued(connection: Connection, agent_id: str, now: float, limit: int) -> list[Command]:
+    """Return the agent's first queued commands that have time left, oldest first."""
+    wanted = {"agent_id": agent_id, "now": now, "limit": limit}
+    return [_command_from(row) for row in connection.execute(_LIST_QUEUED, wanted)]
+
+
+def has_queued(connection: Connection, agent_id: str) -> bool:
+    return connection.execute(_ANY_QUEUED, {"agent_id": agent_id}).first() is not None
 
 
 def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:

@@ -1,7 +1,9 @@
 """What a connect comes to, cell by cell, and what reports do: a real database, a link that notes what it is sent."""
 
+import asyncio
 import json
 import logging
+import random
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from tests.support.raw_agent import make_hello
 from tests.support.stored import make_agent, make_command, make_key
 
-from fleetwire_server.core.dispatch import MAX_ORPHANS, Dispatch, Settled
+from fleetwire_server.core.dispatch import MAX_HELD_BY_AGENT, MAX_ORPHANS, Dispatch, Settled
 from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.sessions import AgentSession, Sessions
 from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess
@@ -260,6 +262,44 @@ async def test_full_means_later_unless_it_was_accepted_or_cancelled(world: World
     await world.dispatch.cancel("agent_1", OTHER_ID)
     await world.dispatch.receive(session, [replace(full, command_id=OTHER_ID)])
     assert (await world.command(OTHER_ID)).status == "cancelled"
+
+
+async def test_commands_are_offered_in_the_order_of_the_queue_and_never_more_than_the_agent_may_hold(
+    world: World,
+) -> None:
+    """Many send at once, and the queue runs empty again and again: the moments at which a command may be offered at
+    once, because none waits before it, or else waits itself."""
+    session = await world.connect()
+    count, senders = 2000, 200
+    chance = random.Random(0)
+    most_held = 0
+
+    async def send(first: int) -> None:
+        for number in range(first, count, senders):
+            await asyncio.sleep(chance.choice((0, 0.01, 0.05)))
+            command = make_command(f"cmd_{number}", created_at=NOW, expires_at=NOW + 100)
+            await world.dispatch.submit(command)
+
+    async def end_all() -> None:
+        nonlocal most_held
+        ended = 0
+        while ended < count:
+            offers = [message.command_id for message in world.link.sent if isinstance(message, CommandOffer)]
+            most_held = max(most_held, len(offers) - ended)
+            ends = [make_finished(each) for each in offers[ended : ended + chance.randint(1, 64)]]
+            if ends:
+                await world.dispatch.receive(session, ends)
+            ended += len(ends)
+            await asyncio.sleep(0)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        for first in range(senders):
+            group.create_task(send(first))
+        group.create_task(end_all())
+    offered = [message.command_id for message in world.link.sent if isinstance(message, CommandOffer)]
+    listed = await world.store.read(lambda connection: commands.list_commands(connection, "agent_1", count))
+    assert offered == [command.id for command in reversed(listed)]
+    assert most_held <= MAX_HELD_BY_AGENT
 
 
 async def test_what_was_stored_as_offered_to_a_session_that_is_gone_goes_to_the_next(world: World) -> None:

@@ -67,6 +67,28 @@ def test_only_queued_commands_past_their_time_are_expirable(with_command: Connec
     assert [each.id for each in commands.list_expirable(with_command, 3700.0)] == ["cmd_1"]
 
 
+def test_the_next_in_the_queue_are_found_without_reading_the_queue(with_command: Connection) -> None:
+    for number in range(2, 3000):
+        commands.add_command(with_command, make_command(f"cmd_{number}", expires_at=150.0 + number))
+    commands.update_command(with_command, "cmd_1", [CommandStatus.QUEUED], status=CommandStatus.OFFERED)
+    steps = 0
+
+    def count_steps() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    driver = with_command.connection.driver_connection
+    assert driver is not None
+    driver.set_progress_handler(count_steps, 1)
+    found = commands.list_queued(with_command, "agent_1", now=155.0, limit=3)
+    assert commands.has_queued(with_command, "agent_1")
+    driver.set_progress_handler(None, 1)
+    assert [command.id for command in found] == ["cmd_6", "cmd_7", "cmd_8"]  # in the order of the queue, with time left
+    assert steps < 1000
+    assert not commands.has_queued(with_command, "agent_2")
+
+
 def test_an_update_needs_an_expected_status(with_command: Connection) -> None:
     changed = commands.update_command(
         with_command, "cmd_1", [CommandStatus.QUEUED, CommandStatus.OFFERED], status=CommandStatus.OFFERED,
