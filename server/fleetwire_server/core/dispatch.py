@@ -152,7 +152,7 @@ class Dispatch:
         session = self._sessions.get(command.agent_id)
         if session is None:
             return None
-        if session.has_queued or len(session.command_ids) >= MAX_HELD_BY_AGENT:
+        if session.has_queued or session.offering.locked() or len(session.command_ids) >= MAX_HELD_BY_AGENT:
             session.has_queued = True
             return None
         session.command_ids.add(command.id)  # counts from now on, as others may be submitted meanwhile
@@ -185,27 +185,23 @@ class Dispatch:
         return settled
 
     async def offer_waiting(self, session: AgentSession) -> None:
-        """Offer the commands that wait for this agent, oldest first, while there is room for them.
+        """Offer the commands that wait for this agent, oldest first, as many as there is room for.
 
-        One call at a time does so, and looks again for the others: two would offer twice what there is room for."""
+        One call at a time: two would offer twice what there is room for. What a call before this one has offered
+        already is not looked for again."""
         session.has_queued = True  # perhaps; without room, looked at when one of those it holds has ended
-        if session.is_offering:
-            return
-        session.is_offering = True
-        try:
-            while session.has_queued and (room := MAX_HELD_BY_AGENT - len(session.command_ids)) > 0:
-                session.has_queued = False
-                offered, has_more = await self._store.write(
-                    partial(_offer_waiting, session=session, room=room, now=self._now())
-                )
-                session.has_queued |= has_more
-                for command in offered:
-                    self._announce(command)
-                await self._deliver(session, offered)
-                if self._sessions.get(session.agent_id) is not session:
-                    return  # what waits is its successor's
-        finally:
-            session.is_offering = False
+        async with session.offering:
+            room = MAX_HELD_BY_AGENT - len(session.command_ids)
+            if not session.has_queued or room <= 0:
+                return
+            session.has_queued = False
+            offered, has_more = await self._store.write(
+                partial(_offer_waiting, session=session, room=room, now=self._now())
+            )
+            session.has_queued |= has_more
+            for command in offered:
+                self._announce(command)
+            await self._deliver(session, offered)
 
     async def ask_about_ended(self, session: AgentSession) -> None:
         """Ask the agent what it remembers of commands that were ended here without its word.
