@@ -151,16 +151,6 @@ def has_queued(connection: Connection, agent_id: str) -> bool:
     return connection.execute(_ANY_QUEUED, {"agent_id": agent_id}).first() is not None
 
 
-def list_queued(connection: Connection, agent_id: str, now: float, limit: int) -> list[Command]:
-    """Return the agent's first queued commands that have time left, oldest first."""
-    wanted = {"agent_id": agent_id, "now": now, "limit": limit}
-    return [_command_from(row) for row in connection.execute(_LIST_QUEUED, wanted)]
-
-
-def has_queued(connection: Connection, agent_id: str) -> bool:
-    return connection.execute(_ANY_QUEUED, {"agent_id": agent_id}).first() is not None
-
-
 def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:
     """Return the agent's commands that were offered and are not over, then some of those that were lost before this
     instance of the agent, which had been offered them, could answer."""
