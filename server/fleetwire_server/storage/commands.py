@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
@@ -34,6 +34,17 @@ _GET_STREAM_END = (
     .limit(1)
 )
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
+_GET_LAST_PIECE = (
+    select(COMMAND_OUTPUT)
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("id"))
+    .order_by(COMMAND_OUTPUT.c.position.desc())
+    .limit(1)
+)
+_SET_OUTPUT = (
+    update(COMMAND_OUTPUT)
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("of_id"), COMMAND_OUTPUT.c.position == bindparam("at"))
+    .values(data=bindparam("data"))
+)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
 _IS_QUEUED = (COMMANDS.c.agent_id == bindparam("agent_id")) & (COMMANDS.c.status == CommandStatus.QUEUED.value)
@@ -215,6 +226,9 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
     truncated. Of each stream the first `keep_bytes / 2` bytes are kept, and of the rest the last `keep_bytes / 2`,
     both to whole pieces; what falls out marks the command as truncated too.
 
+    Pieces that follow each other are joined up to a 4096th of the quota (4 KiB): a command that prints a few bytes at a
+    time does not fill the database with rows.
+
     Returns:
         None when there is no such command (any more)."""
     row = connection.execute(_GET_OUTPUT_END, {"id": command_id}).one_or_none()
@@ -223,13 +237,26 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
     fresh, has_gap = _fresh_pieces(pieces, row.output_end)
     if not fresh:
         return int(row.output_end)
-    connection.execute(
-        _ADD_OUTPUT,
-        [
-            {"command_id": command_id, "position": p.position, "stream": p.stream, "offset": p.offset, "data": p.data}
-            for p in fresh
-        ],
-    )
+    joined_bytes = keep_bytes // 4096
+    stored = _get_last_piece(connection, command_id, row.output_end) if len(fresh[0].data) < joined_bytes else None
+    joined = _join(fresh if stored is None else [stored, *fresh], joined_bytes)
+    if stored is not None and joined[0] != stored:
+        connection.execute(_SET_OUTPUT, {"of_id": command_id, "at": stored.position, "data": joined[0].data})
+    added = joined if stored is None else joined[1:]
+    if added:
+        connection.execute(
+            _ADD_OUTPUT,
+            [
+                {
+                    "command_id": command_id,
+                    "position": p.position,
+                    "stream": p.stream,
+                    "offset": p.offset,
+                    "data": p.data,
+                }
+                for p in added
+            ],
+        )
     deleted = sum(_delete_middle(connection, command_id, stream, fresh, keep_bytes // 2) for stream in _STREAMS)
     connection.execute(
         _SET_OUTPUT_END,
@@ -405,6 +432,26 @@ def _fresh_pieces(pieces: Iterable[OutputPiece], output_end: int) -> tuple[list[
         fresh.append(_cut_before(piece, output_end))
         output_end = piece.end
     return fresh, has_gap
+
+
+def _get_last_piece(connection: Connection, command_id: str, output_end: int) -> OutputPiece | None:
+    """Return the piece that ends where the stored output does, None where there is none."""
+    row = connection.execute(_GET_LAST_PIECE, {"id": command_id}).one_or_none()
+    last = None if row is None else _piece_from(row, 0)
+    return last if last is not None and last.end == output_end else None
+
+
+def _join(pieces: Iterable[OutputPiece], limit_bytes: int) -> list[OutputPiece]:
+    """Return the pieces with those joined that follow each other in one stream and are short enough together."""
+    joined: list[OutputPiece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        is_next = last is not None and (last.stream, last.end) == (piece.stream, piece.position)
+        if last is not None and is_next and len(last.data) + len(piece.data) <= limit_bytes:
+            joined[-1] = replace(last, data=last.data + piece.data)
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:

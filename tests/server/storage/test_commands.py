@@ -11,7 +11,8 @@ from fleetwire_server.storage import agents, command_keys, commands
 from fleetwire_server.storage.commands import PIECES_IN_TRANSACTION
 from fleetwire_shared.errors import NotFoundError
 
-KEEP_ALL = 1 << 40
+KEEP_ALL = 4095  # of all that these tests store; too little for pieces to be joined
+JOIN_NINE = 9 * 4096
 
 
 @pytest.fixture
@@ -143,6 +144,23 @@ def test_a_gap_in_the_output_is_told(with_command: Connection) -> None:
     assert commands.add_output(with_command, "cmd_1", [make_piece(b"xyz", 10)], KEEP_ALL) == 13
     assert get(with_command).truncated
     assert commands.list_output(with_command, "cmd_1", 3, 1) == [make_piece(b"xyz", 10)]
+
+
+def test_short_pieces_that_follow_each_other_are_one_row(with_command: Connection) -> None:
+    for position in range(20):
+        commands.add_output(with_command, "cmd_1", [make_piece(b"x", position)], JOIN_NINE)
+    lengths = [len(piece.data) for piece in commands.list_output(with_command, "cmd_1", 0, 1000)]
+    assert lengths == [9, 9, 2]
+    ends = [make_piece(b"e", 20, stream="stderr", offset=0), make_piece(b"e", 21, stream="stderr", offset=1)]
+    commands.add_output(with_command, "cmd_1", [*ends, make_piece(b"long" * 3, 22, offset=20)], JOIN_NINE)
+    commands.add_output(with_command, "cmd_1", [make_piece(b"gap", 40, offset=38)], JOIN_NINE)
+    stored = commands.list_output(with_command, "cmd_1", 18, 1000)
+    assert [(piece.stream, piece.position, piece.offset, piece.data) for piece in stored] == [
+        ("stdout", 18, 18, b"xx"),
+        ("stderr", 20, 0, b"ee"),
+        ("stdout", 22, 20, b"long" * 3),
+        ("stdout", 40, 38, b"gap"),
+    ]
 
 
 def test_output_of_an_unknown_command_goes_nowhere(with_command: Connection) -> None:
@@ -314,9 +332,10 @@ Streams = list[tuple[Literal["stdout", "stderr"], int]]
     written=st.lists(st.tuples(st.sampled_from(["stdout", "stderr"]), st.integers(1, 9)), max_size=40),
     batch=st.integers(1, 7),
     start=st.integers(0, 60),
+    keep_bytes=st.sampled_from([KEEP_ALL, JOIN_NINE]),
 )
 def test_whatever_is_written_is_read_back_from_anywhere(
-    with_command: Connection, written: Streams, batch: int, start: int
+    with_command: Connection, written: Streams, batch: int, start: int, keep_bytes: int
 ) -> None:
     offsets = {"stdout": 0, "stderr": 0}
     pieces: list[OutputPiece] = []
@@ -329,7 +348,7 @@ def test_whatever_is_written_is_read_back_from_anywhere(
     with with_command.begin_nested() as savepoint:
         for index in range(0, len(pieces), batch):
             # Each batch comes with what came before, as after a broken connection.
-            commands.add_output(with_command, "cmd_1", pieces[max(index - 2, 0) : index + batch], KEEP_ALL)
+            commands.add_output(with_command, "cmd_1", pieces[max(index - 2, 0) : index + batch], keep_bytes)
         everything = text_of(pieces)
         assert get(with_command).output_end == len(everything)
         assert not get(with_command).truncated
