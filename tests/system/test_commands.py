@@ -375,15 +375,6 @@ async def test_commands_wait_for_an_agent_that_is_away_and_keep_their_order(
     assert (await send(api, agent.agent_id, "true", on_offline="fail"))["status"] == "queued"
 
 
-async def test_more_commands_than_an_agent_may_hold_wait_and_all_run(fleet: Fleet, api: Api, tmp_path: Path) -> None:
-    ran = tmp_path / "ran"
-    ids = await asyncio.gather(*(api.submit(fleet.agent_id, f"echo {number} >> {ran}") for number in range(300)))
-    for command_id in ids:
-        ended = await api.wait_for_command(fleet.agent_id, command_id, timeout_seconds=60)
-        assert ended["status"] == "succeeded"
-    assert sorted(map(int, ran.read_text().split())) == list(range(300))
-
-
 # ---------------------------------------------------------------- requests that are wrong
 
 
