@@ -174,8 +174,9 @@ async def test_a_closed_output_and_a_command_that_restarts_its_host(boot_host: B
 
     rebooter = await e2e_api.submit(agent_id, "echo going; systemctl reboot")
     ended = await e2e_api.wait_for_command(agent_id, rebooter, timeout_seconds=90)
-    # Its shell ended by itself, or was ended on the way down: either is told as it was.
-    assert (ended["status"], ended["output"]) in (("succeeded", "going\n"), ("interrupted", "going\n"))
+    # Its shell ended by itself, or was ended on the way down: either is told as it was. systemctl may complain of that.
+    assert ended["status"] in ("succeeded", "interrupted")
+    assert ended["output"].startswith("going\n")
     await asyncio.to_thread(host.wait_until_up)
     await eventually(lambda: e2e_api.get(path), lambda agent: agent["status"] == "online", timeout_seconds=60)
     assert (await e2e_api.run(agent_id, "echo again"))["output"] == "again\n"
