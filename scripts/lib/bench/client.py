@@ -99,8 +99,16 @@ class Client:
 
     def run(self, agent_path: str, command: str, timeout: int = 30) -> str:
         """Submit a command, and read its event stream to the end; return the status it ended with."""
-        command_id = self.submit(agent_path, command, timeout)
-        with self.open("GET", f"{agent_path}/commands/{command_id}/stream") as response:
+        return self._follow(f"{agent_path}/commands/{self.submit(agent_path, command, timeout)}")
+
+    def cancel(self, agent_path: str, command_id: str) -> str:
+        """Cancel a command; return the status it ended with."""
+        path = f"{agent_path}/commands/{command_id}"
+        self.call("POST", f"{path}/cancel")
+        return self._follow(path)
+
+    def _follow(self, command_path: str) -> str:
+        with self.open("GET", f"{command_path}/stream") as response:
             last = _read_until(response, lambda tail: b"\nevent: end\ndata: " in tail and tail.endswith(b"\n\n"))
         return str(json.loads(last.rpartition(b"data: ")[2])["reason"])
 

@@ -98,8 +98,10 @@ def measure_many_commands(fleet: Fleet, sizes: Sizes) -> list[Row]:
     alone_seconds = _timed(lambda: _run_many(fleet, count))
     cpu = [after - before for after, before in zip(_read_cpu(fleet), cpu_before, strict=True)]
     stuck = fleet.client.submit(fleet.agent_path, "sleep 3600", timeout=3600)
-    beside_seconds = _timed(lambda: _run_many(fleet, count))
-    fleet.client.call("POST", f"{fleet.agent_path}/commands/{stuck}/cancel")
+    try:
+        beside_seconds = _timed(lambda: _run_many(fleet, count))
+    finally:  # it would outlive its agent
+        _expect(fleet.client.cancel(fleet.agent_path, stuck), "cancelled", "was the end of what hung")
     how = f"{count:,} of `echo` from {SENDERS} senders, first POST to last result stored"
     children = "its shell and runner; where systemd runs, of the runner only its launch"
     return [
