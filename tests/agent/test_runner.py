@@ -19,6 +19,7 @@ from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.process_table import descendants_of, read_process, read_processes
 from fleetwire_agent.processes import Spawner
 from fleetwire_agent.runner import files
+from fleetwire_agent.runner.control_group import make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runners import Launcher, connect
 from fleetwire_shared.messages import CommandCancel
@@ -299,6 +300,19 @@ def make_launcher(spawner: Spawner) -> Launcher:
 
 
 # ---------------------------------------------------------------- what is killed
+
+
+def test_a_control_group_that_another_runner_made_is_left_alone() -> None:
+    name = f"fleetwire-test-{os.getpid()}"
+    if (group := make_control_group(name)) is None:
+        pytest.skip("this machine gives no control group of version 2")
+    try:
+        assert make_control_group(name) is None
+        with subprocess.Popen(["sleep", "60"], preexec_fn=group.enter) as sleeping:
+            group.kill()
+            assert sleeping.wait(timeout=5) == -signal.SIGKILL
+    finally:
+        group.remove()
 
 
 async def test_what_left_the_session_is_killed_and_listed(tmp_path: Path) -> None:

@@ -67,6 +67,9 @@ def make_control_group(name: str) -> ControlGroup | None:
     path = f"{parent}/{name}"
     try:
         os.mkdir(path)  # noqa: PTH102
+    except OSError:  # also where it is there, and another's
+        return None
+    try:
         probe = os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
         with suppress(OSError):

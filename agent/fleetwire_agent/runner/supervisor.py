@@ -335,7 +335,7 @@ def _run(directory: str) -> int:
                 os.unlink(RESULT)  # noqa: PTH108
             result = allocate_result(".")
         link = AgentLink()
-        group = _find_group(order)
+        group = _find_group(order, os.path.basename(directory))  # noqa: PTH119
     except OSError as err:
         tell_ready(str(err))
         return 1
@@ -357,10 +357,10 @@ def _run(directory: str) -> int:
     return 0
 
 
-def _find_group(order: Order) -> ControlGroup | None:
+def _find_group(order: Order, name: str) -> ControlGroup | None:
     if order.control_group == "none":
         return None
-    return make_control_group("command" if order.control_group == "unit" else f"fleetwire-{order.command_id}")
+    return make_control_group("command" if order.control_group == "unit" else f"fleetwire-{name}")
 
 
 def _await_go(link: AgentLink, supervisor: Supervisor) -> bool:
