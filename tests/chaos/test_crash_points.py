@@ -277,7 +277,7 @@ async def live_server(prepared: Prepared, directory: Path, prefix: Sequence[str]
             return tell(directory.name, run, await run.finish(), was_killed=was_killed)
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 async def test_a_server_may_be_killed_at_any_sync(tmp_path: Path) -> None:
     prepared = await prepare(tmp_path / "prepared")
 
