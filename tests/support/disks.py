@@ -63,9 +63,12 @@ def copy_as_a_power_cut_leaves_it(image: Path, copy: Path) -> None:
 
 
 def booted_again(boot_id: Path) -> list[str]:
-    """Return what starts a program so that it reads the boot id of that file as this machine's."""
+    """Return what starts a program so that it reads the boot id of that file as this machine's.
+
+    It sees only its own processes: others are booted from the same disk, and have commands of the same ids."""
     script = 'mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
-    return ["unshare", "-m", "--propagation", "private", "sh", "-c", script, str(boot_id)]
+    own = ["--mount-proc", "--pid", "--fork", "--kill-child"]
+    return ["unshare", "-m", "--propagation", "private", *own, "sh", "-c", script, str(boot_id)]
 
 
 def _run(*command: str | Path) -> None:

@@ -68,6 +68,32 @@ def tracing_runners(directory: Path, log: Path, *, kill_at: Sync | None = None) 
     return ["bash", "-c", 'exec -a "$0" "$@"', str(stand_in), sys.executable]
 
 
+def slowing(seconds: float, *, unseen: str, value: str) -> list[str]:
+    """Return what starts a program so that each sync of it, and of all it starts, begins late, as on a slow disk.
+
+    Args:
+        unseen: a variable that the program's environment has, with this value, and that of strace has not."""
+    return [
+        "env",
+        f"--unset={unseen}",
+        "strace",
+        "-DDD",
+        "-f",
+        "--seccomp-bpf",
+        "-qq",
+        "-o",
+        "/dev/null",
+        "-e",
+        "signal=none",
+        "-e",
+        f"trace={','.join(CALLS)}",
+        "-e",
+        f"inject={','.join(CALLS)}:delay_enter={round(seconds * 1e6)}",
+        "env",
+        f"{unseen}={value}",
+    ]
+
+
 def list_syncs(*logs: Path) -> list[Sync]:
     """Return all the moments at which one thread, the one that did most, could be killed."""
     last: dict[str, int] = dict.fromkeys(CALLS, 0)

@@ -80,11 +80,20 @@ def find_traces(directory: Path, command_id: str) -> Iterator[str]:
         content = path.read_bytes()
         if command_id in str(relative):
             yield f"---- {relative}, {len(content)} bytes"
-            yield content[:_FILE_CHARACTERS].decode(errors="replace")
+            yield _readable(content[:_FILE_CHARACTERS])
         elif command_id.encode() in content and not relative.name.startswith("fleetwire.db"):
-            yield f"---- {relative}"
-            found = [line for line in content.split(b"\n") if command_id.encode() in line]
-            yield from (line[:500].decode(errors="replace") for line in found[-_LINES:])
+            lines = [line for line in content.split(b"\n") if command_id.encode() in line]
+            if found := [
+                line for line in lines if b"[info] GET" not in line
+            ]:  # whether it is over is asked all the time
+                yield f"---- {relative}"
+            yield from (_readable(line[:500]) for line in found[-_LINES:])
+
+
+def _readable(content: bytes) -> str:
+    """Return the text in a file that may be none."""
+    text = content.decode(errors="replace").replace("\ufffd", "\0")
+    return "".join(character if character.isprintable() or character == "\n" else " " for character in text).strip()
 
 
 def say(text: str) -> None:
