@@ -13,9 +13,10 @@ import pytest
 from tests.support.raw_agent import make_hello
 from tests.support.stored import make_agent, make_command, make_key
 
-from fleetwire_server.core.dispatch import MAX_HELD_BY_AGENT, MAX_ORPHANS, MAX_QUESTIONS, Dispatch, Settled
+from fleetwire_server.core.dispatch import MAX_HELD_BY_AGENT, Dispatch
 from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.sessions import AgentSession, Sessions
+from fleetwire_server.core.settling import MAX_ORPHANS, MAX_QUESTIONS, Settled
 from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess
 from fleetwire_server.storage import agents, audit, commands
 from fleetwire_server.storage.store import Store, running_store
