@@ -1,8 +1,8 @@
 """Power cuts: what reached the disk at fifty moments of one run is booted again, and must hold what was promised.
 
 All that runs is frozen and the disks are copied underneath; the run goes on, and each copy is tried afterwards. The
-disks are slow, so that many cuts find something that is not durable yet. On the agent's side its server did not lose
-power: it is continued from a plain copy of that moment."""
+disks are slow, so that many cuts find something that is not durable yet. The other side
+did not lose power: it is continued from a plain copy of that moment."""
 
 import asyncio
 import random
@@ -31,8 +31,9 @@ from tests.support.disks import (
     mounted,
     new_disk,
 )
-from tests.support.processes import find_free_port
 from tests.support.syncs import needs_strace, slowing
+
+from fleetwire_agent.runner.files import SOCKET
 
 pytestmark = needs_strace
 
@@ -40,7 +41,8 @@ CUTS = 50
 COMMANDS = 120
 STRIKES = 10  # three seconds each, over which the commands are spread; none is struck
 AT_ONCE = 5
-SYNC_SECONDS = 0.1  # of a disk so slow that many cuts fall into a sync: what goes on without waiting for it is found
+SERVER_SYNC_SECONDS = 0.1  # disks so slow that many cuts fall into a sync: what goes on without waiting for it is found
+AGENT_SYNC_SECONDS = 0.25  # more: else the server has not stored yet what it was told too early
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +64,10 @@ class Cut:
     @property
     def server_data(self) -> Path:
         return self.directory / "server"
+
+    @property
+    def agent_state(self) -> Path:
+        return self.directory / "state"
 
     @property
     def canary(self) -> Path:
@@ -134,10 +140,14 @@ async def running_on(directory: Path, agent_disk: Path, server_disk: Path) -> As
     canary.touch()
     parts: list[Part] = []
     environment = {RUN_VARIABLE: str(directory)}
-    slow = slowing(SYNC_SECONDS, unseen=RUN_VARIABLE, value=str(directory))  # strace is not to be frozen, nor counted
+    hidden = {"unseen": RUN_VARIABLE, "value": str(directory)}  # strace is not to be frozen, nor counted
     with closing(parts, str(directory)):
         server = Server(
-            directory, password=password, data_dir=server_disk / "data", environment=environment, prefix=slow
+            directory,
+            password=password,
+            data_dir=server_disk / "data",
+            environment=environment,
+            prefix=slowing(SERVER_SYNC_SECONDS, **hidden),
         )
         parts.append(server)
         await server.start()
@@ -152,10 +162,11 @@ async def running_on(directory: Path, agent_disk: Path, server_disk: Path) -> As
                 canary=canary,
                 state_dir=agent_disk / "state",
                 environment=environment,
-                prefix=slow,
+                prefix=slowing(AGENT_SYNC_SECONDS, **hidden),
             )
             parts.append(agent)
             await agent.start()
+            await agent.wait_until_connected()
             yield Fleet(directory, Target(server, (agent,), ()), client, canary), password, enrolled["key"]
 
 
@@ -173,6 +184,7 @@ def cut(run: Run, directory: Path, number: int) -> Cut:
         copy_as_a_power_cut_leaves_it(directory / "agent.img", made.agent_image)
         copy_as_a_power_cut_leaves_it(directory / "server.img", made.server_image)
         shutil.copytree(directory / "server/data", made.server_data)
+        shutil.copytree(directory / "agent/state", made.agent_state, ignore=lambda *_: [SOCKET])
         shutil.copyfile(run.fleet.canary, made.canary)
     finally:
         resume_all(frozen)
@@ -207,39 +219,47 @@ def tell(cuts: Cuts, cut: Cut, run: Run, violations: Sequence[Violation]) -> lis
     return lines
 
 
-# ---------------------------------------------------------------- the agent's host
+# ---------------------------------------------------------------- what is there when the power is back
 
 
-async def boot_agent(cuts: Cuts, cut: Cut) -> list[str]:
-    """Start an agent on what its disk holds, on a host that has booted again; return what is wrong."""
-    boot_id = cut.directory / "boot_id"
+async def boot(cuts: Cuts, cut: Cut, place: Path, *, data_dir: Path, state_dir: Path) -> list[str]:
+    """Start a server on its data, then an agent on its state, on a host that has booted again; return what is wrong.
+
+    Args:
+        place: gets their logs."""
+    boot_id, canary = place / "boot_id", place / "canary"
     boot_id.write_text(f"{uuid.uuid4()}\n")
-    environment = {RUN_VARIABLE: str(cut.directory)}
-    server = Server(cut.directory, password=cuts.password, data_dir=cut.server_data, environment=environment)
+    shutil.copyfile(cut.canary, canary)
+    environment = {RUN_VARIABLE: str(place)}
+    server = Server(place, password=cuts.password, data_dir=data_dir, environment=environment)
     parts: list[Part] = [server]
-    with mounted(cut.agent_image, cut.directory / "agent") as disk, closing(parts, str(cut.directory)):
+    with closing(parts, str(place)):
         await server.start()
         agent = Agent(
-            cut.directory,
+            place,
             server_url=server.url,
             agent_id=cuts.agent_id,
             key=cuts.key,
-            canary=cut.canary,
-            state_dir=disk / "state",
+            canary=canary,
+            state_dir=state_dir,
             environment=environment,
             prefix=booted_again(boot_id),
         )
         parts.append(agent)
         async with Client(server.url) as client:
             client.token = cuts.token
+            lines = []
             run = Run(
-                Fleet(cut.directory, Target(server, (agent,), ()), client, cut.canary),
+                Fleet(place, Target(server, (agent,), ()), client, canary),
                 [evidence.order for evidence in cut.evidences],
                 Record(),
             )
             for evidence in cut.evidences:
                 if evidence.command_id is not None:
+                    lines += await find_lost(cuts, cut, client, evidence)
                     run.adopt(evidence.command_id, evidence.order.token, evidence.ends_seen)
+            if lines:
+                return lines
             await adopt_unheard(run)
             await run.look_at_all()
             excuse_what_the_agent_had(run)
@@ -268,38 +288,8 @@ def excuse_what_the_agent_had(run: Run) -> None:
             evidence.excused = {"interrupted"}
 
 
-@pytest.mark.timeout(600)
-async def test_a_host_may_lose_power(cuts: Cuts) -> None:
-    await try_all(cuts, boot_agent)
-
-
-# ---------------------------------------------------------------- the server's
-
-
-async def boot_server(cuts: Cuts, cut: Cut) -> list[str]:
-    """Start a server on what its disk holds; return what it does not know though it once said so."""
-    environment = {RUN_VARIABLE: str(cut.directory / "power")}
-    with mounted(cut.server_image, cut.directory / "power") as disk:
-        server = Server(
-            cut.directory,
-            password=cuts.password,
-            port=find_free_port(),
-            data_dir=disk / "data",
-            environment=environment,
-            log=cut.directory / "power.log",
-        )
-        with closing([server], str(disk)):
-            await server.start()
-            async with Client(server.url) as client:
-                client.token = cuts.token
-                lines = []
-                for evidence in cut.evidences:
-                    if evidence.command_id is not None:
-                        lines += await find_lost(cuts, cut, client, evidence)
-                return lines
-
-
 async def find_lost(cuts: Cuts, cut: Cut, client: Client, evidence: Evidence) -> list[str]:
+    """Return what the server does not know though it once said so."""
     path = f"/api/agents/{cuts.agent_id}/commands/{evidence.command_id}"
     status, answer = await client.ask("GET", path)
     proved = [end for end in evidence.ends_seen if end not in UNPROVED]
@@ -307,6 +297,23 @@ async def find_lost(cuts: Cuts, cut: Cut, client: Client, evidence: Evidence) ->
         return []
     wanted = f"acknowledged, {evidence.ends_seen}"
     return [f"{cut.directory.name} at {cut.at:.3f}: {evidence.order.token}: {wanted}; now {status} {answer!r}"]
+
+
+async def boot_agent(cuts: Cuts, cut: Cut) -> list[str]:
+    (place := cut.directory / "host").mkdir()
+    with mounted(cut.agent_image, place / "disk") as disk:
+        return await boot(cuts, cut, place, data_dir=cut.server_data, state_dir=disk / "state")
+
+
+async def boot_server(cuts: Cuts, cut: Cut) -> list[str]:
+    (place := cut.directory / "power").mkdir()
+    with mounted(cut.server_image, place / "disk") as disk:
+        return await boot(cuts, cut, place, data_dir=disk / "data", state_dir=cut.agent_state)
+
+
+@pytest.mark.timeout(600)
+async def test_a_host_may_lose_power(cuts: Cuts) -> None:
+    await try_all(cuts, boot_agent)
 
 
 @pytest.mark.timeout(600)
