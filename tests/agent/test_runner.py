@@ -25,7 +25,7 @@ from fleetwire_agent.processes import Spawner
 from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
-from fleetwire_agent.runner.stop import describe_survivors
+from fleetwire_agent.runner.stop import describe_survivors, read_command_line
 from fleetwire_agent.runners import Launcher, connect, kill_leftovers
 from fleetwire_shared.messages import CommandCancel
 
@@ -524,6 +524,7 @@ async def test_what_left_the_session_is_killed_and_listed(tmp_path: Path) -> Non
         await rig.wait_until(lambda: rig.output("stdout").count(b"\n") == 2)
         runner = find_runner(rig)
         pids = {int(line) for line in rig.output("stdout").split()}
+        await rig.wait_until(lambda: "sleep 601" in map(read_command_line, pids))  # what it becomes after its echo
         family = pids | {row.pid for row in descendants_of(read_processes(), runner)}
         rig.commands.cancel(CommandCancel(command_id="cmd_1"))
         result = await rig.result_of()
