@@ -184,7 +184,7 @@ def cut(run: Run, directory: Path, number: int) -> Cut:
         copy_as_a_power_cut_leaves_it(directory / "agent.img", made.agent_image)
         copy_as_a_power_cut_leaves_it(directory / "server.img", made.server_image)
         shutil.copytree(directory / "server/data", made.server_data)
-        shutil.copytree(directory / "agent/state", made.agent_state, ignore=lambda *_: [SOCKET])
+        shutil.copytree(directory / "agent/state", made.agent_state, symlinks=True, ignore=lambda *_: [SOCKET])
         shutil.copyfile(run.fleet.canary, made.canary)
     finally:
         resume_all(frozen)
