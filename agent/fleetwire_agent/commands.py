@@ -197,6 +197,8 @@ class Commands:
     def _reject(self, message: CommandOffer) -> CommandRejected | None:
         """Return why the command cannot be taken now; not remembered, as the same offer may be welcome later."""
         reject = partial(_rejection, message.command_id)
+        if not runners.is_command_id(message.command_id):
+            return reject("invalid", f"command_id must be cmd_ and 0-9, a-z or _, got {message.command_id[:50]!r}")
         if self._profile == "monitor":
             return reject("policy", MONITOR_RUNS_NOTHING)
         if message.kind != "shell":
@@ -293,7 +295,9 @@ class Commands:
     def _prepare_waiting(self, group: asyncio.TaskGroup) -> None:
         while self._waiting and len(self._runs) < self._max_at_once and not self._is_stopping:
             entry = self._waiting.popleft()
-            if self._ledger.is_expired(entry):
+            if self._profile == "monitor":  # of an agent in the same directory that had another profile
+                self._withdraw(entry, "policy", MONITOR_RUNS_NOTHING, Event.CANCELLED)
+            elif self._ledger.is_expired(entry):
                 self._expire(entry)
             else:
                 self._turns.append(self._add_run(entry, group, self._run))

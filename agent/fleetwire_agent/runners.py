@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import re
 import select
 import shutil
 import signal
 import socket
+import stat
 import sys
 import time
 from pathlib import Path
@@ -29,6 +31,9 @@ STOP_SECONDS: Final = 10.0
 COMMANDS: Final = "commands"
 """Of the state directory: one directory for each command."""
 
+_COMMAND_ID: Final = re.compile(r"cmd_[0-9a-z_]{1,60}", re.ASCII)
+"""Wider than what servers give, so that a later one may give others."""
+
 MAX_TASKS: Final = 4096
 """Processes and threads of one command in its unit: what a fork bomb can become."""
 
@@ -46,6 +51,21 @@ _KILL_ROUNDS: Final = 20
 _KILL_DELAY_SECONDS: Final = 0.05
 
 _log = logging.getLogger(__name__)
+
+
+def is_command_id(text: object) -> bool:
+    """Whether it may name a command, and so a directory and a unit of this host."""
+    return isinstance(text, str) and _COMMAND_ID.fullmatch(text) is not None
+
+
+def is_own_directory(path: Path) -> bool:
+    """Whether it is a directory, and no link to one, that belongs to this user and in which nobody else may write."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    is_shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not is_shared
 
 
 class Launcher:
