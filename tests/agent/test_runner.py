@@ -399,8 +399,8 @@ async def test_a_runner_whose_agent_was_killed_before_it_connected_gives_way_to_
     ledger.close()
     for _ in range(2):
         async with open_rig(state) as rig:
-            assert rig.entry().attempt == 2, "systemd refuses a unit whose name is taken"
             assert (await rig.result_of()).status == "succeeded"
+            assert rig.entry().attempt == 2, "systemd refuses a unit whose name is taken"
     await wait_until_gone(runner)
     assert ran.read_text() == "ran\n"
 
@@ -590,6 +590,31 @@ def test_a_result_of_a_long_error_is_cut_to_what_fits(tmp_path: Path) -> None:
     result = files.read_result(str(tmp_path))
     assert result
     assert (result.error, len(result.killed)) == ("\x00" * files.MAX_ERROR_CHARACTERS, 100)
+
+
+def test_nothing_is_written_or_read_through_a_link(tmp_path: Path) -> None:
+    victim, directory = tmp_path / "victim", tmp_path / "cmd_1.1"
+    victim.write_text('{"kept": true}')
+    directory.mkdir()
+    for name in (files.ORDER, files.TRACES, files.RESULT, f"output.{0:020d}"):
+        (directory / name).symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_traces(str(directory), files.Traces(1, None, None))
+    with pytest.raises(FileExistsError):
+        files.allocate_result(str(directory))
+    writer = make_writer(directory)
+    writer.add("stdout", b"x")
+    assert writer.has_failed
+    readers: list[Callable[[str], object]] = [
+        files.read_order,
+        files.read_result,
+        lambda each: SpoolReader(each).read(),
+    ]
+    for read in readers:
+        with pytest.raises(OSError, match="symbolic links"):
+            read(str(directory))
+    assert files.read_traces(str(directory)) is None
+    assert victim.read_text() == '{"kept": true}'
 
 
 def test_not_all_survivors_of_a_fork_bomb_are_named() -> None:
