@@ -45,6 +45,9 @@ _PROGRAM: Final = (
 _ROOT: Final = str(Path(__file__).parent.parent)
 """Where `fleetwire_agent` lies: a directory, or the bundle where the agent runs without being installed."""
 
+_OOM_POLICY_SYSTEMD: Final = (
+    243  # the first with OOMPolicy=; those before stop no unit for what the kernel killed in it
+)
 _SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_WORD_BYTES: Final = 200
 _KILL_ROUNDS: Final = 20
@@ -74,6 +77,7 @@ class Launcher:
     def __init__(self, spawner: Spawner, *, has_units: bool) -> None:
         self._spawner = spawner
         self.has_units = has_units
+        self._systemd_version: int | None = None  # asked when the first unit is made
 
     async def launch(self, directory: Path, command_id: str) -> None:
         """Start the runner of the order in the directory; return when it listens.
@@ -81,8 +85,16 @@ class Launcher:
         Raises:
             UnavailableError: it could not be started; the message says why. It may start all the same, later."""
         runner = [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, str(directory)]
-        argv = [*build_unit_command(directory.name, command_id), *runner] if self.has_units else runner
-        await read_output(self._spawner, argv, timeout_seconds=LAUNCH_SECONDS, max_bytes=65536)
+        argv = [*await self._build_unit_command(directory.name, command_id), *runner] if self.has_units else runner
+        await self._run(argv)
+
+    async def _build_unit_command(self, name: str, command_id: str) -> list[str]:
+        if self._systemd_version is None:
+            self._systemd_version = parse_systemd_version(await self._run(["systemd-run", "--version"]))
+        return build_unit_command(name, command_id, systemd_version=self._systemd_version)
+
+    async def _run(self, argv: list[str]) -> bytes:
+        return await read_output(self._spawner, argv, timeout_seconds=LAUNCH_SECONDS, max_bytes=65536)
 
 
 def find_launcher(spawner: Spawner) -> Launcher:
@@ -90,16 +102,23 @@ def find_launcher(spawner: Spawner) -> Launcher:
     return Launcher(spawner, has_units=has_units)
 
 
-def build_unit_command(name: str, command_id: str) -> list[str]:
+def parse_systemd_version(said: bytes) -> int:
+    """Return the version of what a program of systemd says to --version, 0 where that cannot be told. Pure."""
+    match = re.match(rb"systemd (\d+)", said)
+    return int(match[1]) if match else 0
+
+
+def build_unit_command(name: str, command_id: str, *, systemd_version: int) -> list[str]:
     """Return the start of a command line that runs the rest of it as a transient unit. Pure."""
-    properties = (
+    properties = [
         "Delegate=yes",  # the runner makes a group for the command below its own
         "KillMode=process",  # the runner stops the command itself, and what that left in the background lives on
         "TimeoutStopSec=15",
         "NotifyAccess=main",
-        "OOMPolicy=continue",
         f"TasksMax={MAX_TASKS}",
-    )
+    ]
+    if systemd_version >= _OOM_POLICY_SYSTEMD:  # one that does not know a property makes no unit
+        properties.append("OOMPolicy=continue")
     return [
         "systemd-run",
         "--quiet",

@@ -26,7 +26,7 @@ from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runner.stop import describe_survivors
-from fleetwire_agent.runners import Launcher, connect, kill_leftovers
+from fleetwire_agent.runners import Launcher, connect, dismiss, kill_leftovers, parse_systemd_version
 from fleetwire_shared.messages import CommandCancel
 
 
@@ -508,6 +508,43 @@ def make_order(command: str) -> files.Order:
 
 def make_launcher(spawner: Spawner) -> Launcher:
     return Launcher(spawner, has_units=False)
+
+
+_SYSTEMD_RUN = """\
+#!/bin/sh
+if [ "$1" = --version ]; then
+    echo "systemd {version} ({version}-1)"
+    exit
+fi
+while [ "$1" != -- ]; do
+    case "$1" in
+    *OOMPolicy=*) if [ {version} -lt 243 ]; then echo "Unknown assignment: $1" >&2; exit 1; fi; touch {mark} ;;
+    esac
+    shift
+done
+shift
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("version", [239, 252])
+async def test_a_systemd_is_asked_for_no_property_that_it_does_not_know(tmp_path: Path, version: int) -> None:
+    mark, directory = tmp_path / "mark", tmp_path / "state/cmd_1.1"
+    program = tmp_path / "bin/systemd-run"
+    program.parent.mkdir()
+    program.write_text(_SYSTEMD_RUN.format(version=version, mark=mark))
+    program.chmod(0o755)
+    directory.parent.mkdir()
+    await asyncio.to_thread(files.write_order, str(directory), make_order("true"))
+    with Spawner({"PATH": f"{program.parent}:{os.environ['PATH']}"}) as spawner:
+        await Launcher(spawner, has_units=True).launch(directory, "cmd_1")
+        await dismiss(directory)
+    assert mark.exists() == (version >= 243)
+
+
+def test_a_version_of_systemd_that_cannot_be_told_is_taken_for_an_old_one() -> None:
+    assert parse_systemd_version(b"systemd 257~rc1 (257~rc1-2)\n+PAM +AUDIT\n") == 257
+    assert parse_systemd_version(b"sh: systemd 300\n") == 0
 
 
 # ---------------------------------------------------------------- what is killed
