@@ -58,7 +58,7 @@ _EXPIRY_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
 _RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
 _LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
-_REMOVED: Final = "the agent was removed from the host"
+_REMOVED: Final = "the agent was removed from the host, or given to another user there"
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +181,9 @@ class Commands:
 
         def begin(saved: "asyncio.Future[None]") -> None:
             if saved.exception() is None:
-                if entry.state is State.ACCEPTED:
+                if entry.state is State.ACCEPTED and self._is_stopping:
+                    self._withdraw(entry, "cancelled", _REMOVED, Event.CANCELLED)
+                elif entry.state is State.ACCEPTED:
                     self._waiting.append(entry)
                     self._has_news.set()
                 return

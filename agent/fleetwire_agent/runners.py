@@ -26,7 +26,10 @@ DISMISS_SECONDS: Final = 5.0
 """How long an agent waits for a runner that is not to start its command any more."""
 
 STOP_SECONDS: Final = 10.0
-"""How long an uninstallation waits for commands to be stopped."""
+"""How long whoever takes the agent off its host, or gives it to another user, waits for its commands to be ended."""
+
+END_COMMANDS: Final = signal.SIGUSR1
+"""Has an agent end all its commands and take no more, as it will be stopped for good; it runs on to tell of them."""
 
 COMMANDS: Final = "commands"
 """Of the state directory: one directory for each command."""
@@ -160,15 +163,17 @@ class RunnerLink:
         except OSError as err:
             _log.debug("a runner does not listen: %s", err)
 
-    def wait_for_end(self, deadline: float) -> None:
-        """Wait until the runner has ended, or the monotonic clock shows that time. Blocking."""
-        while (seconds := deadline - time.monotonic()) > 0:
-            readable, _, _ = select.select([self._peer], [], [], seconds)
+    def wait_for_end(self, deadline: float) -> bool:
+        """Wait until the runner has ended, or the monotonic clock shows that time; return which. Blocking."""
+        while True:
+            readable, _, _ = select.select([self._peer], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                return False
             try:
-                if readable and not self._peer.recv(_MAX_WORD_BYTES):
-                    return
+                if not self._peer.recv(_MAX_WORD_BYTES):
+                    return True
             except OSError:
-                return
+                return True
 
     def close(self) -> None:
         self._peer.close()
@@ -193,20 +198,39 @@ def connect(directory: Path) -> RunnerLink | None:
     return RunnerLink(peer)
 
 
-def stop_commands(directory: Path) -> int:
-    """Have all runners below the directory end their commands, as the agent is removed; return how many. Blocking.
+def list_running(directory: Path) -> list[str]:
+    """Return the names of the directories below this one whose runner lives. None hears of it, and so no agent loses
+    its link. Blocking."""
+    if not is_own_directory(directory):
+        return []
+    return [path.name for path in directory.iterdir() if _has_runner(path)]
 
-    Each leaves its result: an agent that is installed later with the same state tells of it."""
-    if not directory.is_dir():
-        return 0
-    links = [link for path in directory.iterdir() if path.is_dir() and (link := connect(path)) is not None]
-    deadline = time.monotonic() + STOP_SECONDS
-    for link in links:
+
+def _has_runner(directory: Path) -> bool:
+    traces = files.read_traces(str(directory))
+    try:  # its last argument is the directory; by now the pid may be another's
+        command = b"" if traces is None else Path(f"/proc/{traces.runner_pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return command.endswith(b"/%s\0" % os.fsencode(directory.name))
+
+
+def stop_commands(directory: Path, *, seconds: float = STOP_SECONDS) -> list[str]:
+    """Have all runners below the directory end their commands, as no agent does; return the names of the directories of
+    those that have not within these seconds. Blocking.
+
+    Each leaves its result: an agent that is installed later with the same state tells of it. To be called when the
+    agent is stopped: a runner listens to who came last."""
+    if not is_own_directory(directory):
+        return []
+    links = {path.name: link for path in directory.iterdir() if (link := connect(path)) is not None}
+    deadline = time.monotonic() + seconds
+    for link in links.values():
         link.send("stop interrupted")
-    for link in links:
-        link.wait_for_end(deadline)
+    left = [name for name, link in links.items() if not link.wait_for_end(deadline)]
+    for link in links.values():
         link.close()
-    return len(links)
+    return left
 
 
 async def dismiss(directory: Path) -> None:

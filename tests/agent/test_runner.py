@@ -26,7 +26,15 @@ from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runner.stop import describe_survivors
-from fleetwire_agent.runners import Launcher, connect, dismiss, kill_leftovers, parse_systemd_version
+from fleetwire_agent.runners import (
+    Launcher,
+    connect,
+    dismiss,
+    kill_leftovers,
+    list_running,
+    parse_systemd_version,
+    stop_commands,
+)
 from fleetwire_shared.messages import CommandCancel
 
 
@@ -545,6 +553,26 @@ async def test_a_systemd_is_asked_for_no_property_that_it_does_not_know(tmp_path
 def test_a_version_of_systemd_that_cannot_be_told_is_taken_for_an_old_one() -> None:
     assert parse_systemd_version(b"systemd 257~rc1 (257~rc1-2)\n+PAM +AUDIT\n") == 257
     assert parse_systemd_version(b"sh: systemd 300\n") == 0
+
+
+async def test_who_stops_commands_without_an_agent_is_told_which_go_on(tmp_path: Path) -> None:
+    commands = tmp_path / "state/commands"
+    async with open_rig(tmp_path / "state", is_killed=True) as rig:
+        for number in (1, 2):
+            rig.commands.offer(make_offer("echo $$; sleep 600", command_id=f"cmd_{number}"))
+        pids = [await rig.first_line(f"cmd_{number}") for number in (1, 2)]
+        stuck = find_runner(rig, "cmd_2")
+    assert sorted(list_running(commands)) == ["cmd_1.1", "cmd_2.1"]
+    os.kill(stuck, signal.SIGSTOP)
+    assert await asyncio.to_thread(stop_commands, commands, seconds=3.0) == ["cmd_2.1"]
+    assert read_process(pids[0]) is None
+    assert list_running(commands) == ["cmd_2.1"]
+    os.kill(stuck, signal.SIGCONT)
+    await wait_until_gone(stuck)
+    assert list_running(commands) == stop_commands(commands) == []
+    async with open_rig(tmp_path / "state") as rig:
+        for number in (1, 2):
+            assert (await rig.result_of(f"cmd_{number}")).status == "interrupted"
 
 
 # ---------------------------------------------------------------- what is killed
