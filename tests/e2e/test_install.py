@@ -321,8 +321,11 @@ async def test_hosts_without_systemd(init: str, boot_host: BootHost, e2e_api: Ap
     await eventually(agent_pid, lambda pid: pid not in ("", before))
     await e2e_api.wait_for_agent(agent_id)
     await run(host, line)
+    command_id = await e2e_api.submit(agent_id, "setsid sleep 7781 & sleep 7781", timeout=900)
+    await e2e_api.wait_for_command(agent_id, command_id, "running")
     await run(host, "fleetwire-agent uninstall --purge")
     assert traces(host) == []
+    assert (await e2e_api.wait_for_command(agent_id, command_id))["status"] == "interrupted"
 
 
 # ---------------------------------------------------------------- TLS
