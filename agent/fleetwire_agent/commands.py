@@ -58,7 +58,7 @@ _EXPIRY_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
 _RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
 _LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
-_REMOVED: Final = "the agent was removed from the host"
+_REMOVED: Final = "the agent was removed from the host, or given to another user there"
 
 _log = logging.getLogger(__name__)
 
@@ -181,7 +181,9 @@ class Commands:
 
         def begin(saved: "asyncio.Future[None]") -> None:
             if saved.exception() is None:
-                if entry.state is State.ACCEPTED:
+                if entry.state is State.ACCEPTED and self._is_stopping:
+                    self._withdraw(entry, "cancelled", _REMOVED, Event.CANCELLED)
+                elif entry.state is State.ACCEPTED:
                     self._waiting.append(entry)
                     self._has_news.set()
                 return
@@ -197,6 +199,8 @@ class Commands:
     def _reject(self, message: CommandOffer) -> CommandRejected | None:
         """Return why the command cannot be taken now; not remembered, as the same offer may be welcome later."""
         reject = partial(_rejection, message.command_id)
+        if not runners.is_command_id(message.command_id):
+            return reject("invalid", f"command_id must be cmd_ and 0-9, a-z or _, got {message.command_id[:50]!r}")
         if self._profile == "monitor":
             return reject("policy", MONITOR_RUNS_NOTHING)
         if message.kind != "shell":
@@ -293,7 +297,9 @@ class Commands:
     def _prepare_waiting(self, group: asyncio.TaskGroup) -> None:
         while self._waiting and len(self._runs) < self._max_at_once and not self._is_stopping:
             entry = self._waiting.popleft()
-            if self._ledger.is_expired(entry):
+            if self._profile == "monitor":  # of an agent in the same directory that had another profile
+                self._withdraw(entry, "policy", MONITOR_RUNS_NOTHING, Event.CANCELLED)
+            elif self._ledger.is_expired(entry):
                 self._expire(entry)
             else:
                 self._turns.append(self._add_run(entry, group, self._run))

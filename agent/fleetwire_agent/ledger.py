@@ -6,6 +6,7 @@ tell, as it is on disk; a new link starts from what the server says it has (`sen
 
 import asyncio
 import binascii
+import errno
 import json
 import logging
 import shutil
@@ -20,7 +21,7 @@ from fleetwire_agent.command_states import Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
 from fleetwire_agent.runner.files import keep_reserve
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
-from fleetwire_agent.runners import COMMANDS
+from fleetwire_agent.runners import COMMANDS, is_command_id, is_own_directory
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.errors import ConflictError, ProtocolError, UnavailableError
 from fleetwire_shared.limits import COMMAND_PREVIEW_CHARACTERS, OUTPUT_WINDOW_BYTES
@@ -182,12 +183,15 @@ class Ledger:
         try:
             records, is_damaged = self._file.open()
             self._commands_directory.mkdir(mode=0o700, exist_ok=True)
+            if not is_own_directory(self._commands_directory):
+                raise PermissionError(errno.EPERM, f"{COMMANDS} is a link, or others may write to it")
             keep_reserve(str(self._directory))
         except BlockingIOError as err:
             raise ConflictError(f"another agent keeps its state in {self._directory}; give --state-dir") from err
         except OSError as err:
             problem = f"the ledger in {self._directory} cannot be used: {err.strerror}"
-            raise UnavailableError(f"{problem}; make the directory writable, or give another with --state-dir") from err
+            hint = "make all in it this user's own, and writable for it alone, or give another with --state-dir"
+            raise UnavailableError(f"{problem}; {hint}") from err
         understood = [self._try_to_replay(record) for record in records]
         if is_damaged or not all(understood):
             _log.error("the ledger is damaged: commands may have been forgotten")
@@ -238,13 +242,19 @@ class Ledger:
                 self.instance_id = record["instance_id"]
             case "accepted":
                 offer = cast(CommandOffer, decode(record["offer"], FROM_SERVER))
+                if not is_command_id(offer.command_id):
+                    raise ValueError(f"{offer.command_id[:50]!r} is no command's id")
                 self._entries[offer.command_id] = Entry(
                     offer, record["boot_id"], record["expires_at"], record["expires_boottime"]
                 )
             case "starting" if entry:
-                entry.state, entry.attempt, entry.started_boot_id = State.STARTING, record["attempt"], record["boot_id"]
+                entry.state, entry.attempt, entry.started_boot_id = (
+                    State.STARTING,
+                    int(record["attempt"]),
+                    record["boot_id"],
+                )
             case "never_ran" if entry:
-                entry.state, entry.attempt = State.ACCEPTED, record["attempt"]
+                entry.state, entry.attempt = State.ACCEPTED, int(record["attempt"])
             case "running" if entry:
                 entry.state, entry.started_at = State.RUNNING, record["started_at"]
             case "finished" if entry:

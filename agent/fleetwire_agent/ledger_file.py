@@ -5,6 +5,7 @@ log; when it is full, the records that still count are written to the other, und
 the header last. Frames carry their generation in the checksum: what a file held before is no record of the present."""
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
@@ -69,8 +70,11 @@ class LedgerFile:
             OSError: the directory cannot be used; BlockingIOError: another agent uses it."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         for name in NAMES:
-            descriptor = os.open(self._directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self._directory / name, flags, 0o600)
             self._descriptors.append(descriptor)
+            if os.fstat(descriptor).st_uid != os.geteuid():  # who could have it run what no server offered
+                raise PermissionError(errno.EPERM, f"{name} is another user's")
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_size < self._size_bytes:
                 os.posix_fallocate(descriptor, 0, self._size_bytes)

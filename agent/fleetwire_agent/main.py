@@ -21,7 +21,7 @@ from fleetwire_agent.host import read_host_facts
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.processes import Spawner
 from fleetwire_agent.requests import Requests
-from fleetwire_agent.runners import find_launcher
+from fleetwire_agent.runners import END_COMMANDS, find_launcher
 from fleetwire_agent.session import Dialer, Outbox, Session
 from fleetwire_agent.status import StatusFile
 from fleetwire_agent.units import fit_units, read_units
@@ -47,6 +47,8 @@ async def run_agent(config: AgentConfig) -> None:
     Raises:
         ConflictError: another agent uses the state directory. UnavailableError: it cannot be used."""
     stop = _stop_on_signals()
+    end_commands = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(END_COMMANDS, end_commands.set)
     version = read_version()
     with (
         StatusFile(config.state_dir, server=config.server, version=version) as status,
@@ -97,6 +99,7 @@ async def run_agent(config: AgentConfig) -> None:
                 requests.serve(),
                 session.run(),
                 report_metrics(session, outbox),
+                end_commands_when_asked(end_commands, commands),
             )
             tasks = [group.create_task(loop) for loop in loops]
             await stop.wait()
@@ -143,6 +146,14 @@ class Removal:
                 await asyncio.to_thread(uninstall.leave)
         finally:
             self._stop.set()
+
+
+async def end_commands_when_asked(asked: asyncio.Event, commands: Commands) -> None:
+    """Wait until somebody on the host is about to stop this agent for good, and end its commands while it can still
+    tell of them."""
+    await asked.wait()
+    _log.info("ending all commands, as the agent is to be removed or given to another user")
+    await commands.stop()
 
 
 async def report_metrics(session: Session, outbox: Outbox) -> None:

@@ -3,10 +3,12 @@
 import asyncio
 import logging
 import os
+import re
 import select
 import shutil
 import signal
 import socket
+import stat
 import sys
 import time
 from pathlib import Path
@@ -24,10 +26,16 @@ DISMISS_SECONDS: Final = 5.0
 """How long an agent waits for a runner that is not to start its command any more."""
 
 STOP_SECONDS: Final = 10.0
-"""How long an uninstallation waits for commands to be stopped."""
+"""How long whoever takes the agent off its host, or gives it to another user, waits for its commands to be ended."""
+
+END_COMMANDS: Final = signal.SIGUSR1
+"""Has an agent end all its commands and take no more, as it will be stopped for good; it runs on to tell of them."""
 
 COMMANDS: Final = "commands"
 """Of the state directory: one directory for each command."""
+
+_COMMAND_ID: Final = re.compile(r"cmd_[0-9a-z_]{1,60}", re.ASCII)
+"""Wider than what servers give, so that a later one may give others."""
 
 MAX_TASKS: Final = 4096
 """Processes and threads of one command in its unit: what a fork bomb can become."""
@@ -40,6 +48,9 @@ _PROGRAM: Final = (
 _ROOT: Final = str(Path(__file__).parent.parent)
 """Where `fleetwire_agent` lies: a directory, or the bundle where the agent runs without being installed."""
 
+_OOM_POLICY_SYSTEMD: Final = (
+    243  # the first with OOMPolicy=; those before stop no unit for what the kernel killed in it
+)
 _SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_WORD_BYTES: Final = 200
 _KILL_ROUNDS: Final = 20
@@ -48,12 +59,28 @@ _KILL_DELAY_SECONDS: Final = 0.05
 _log = logging.getLogger(__name__)
 
 
+def is_command_id(text: object) -> bool:
+    """Whether it may name a command, and so a directory and a unit of this host."""
+    return isinstance(text, str) and _COMMAND_ID.fullmatch(text) is not None
+
+
+def is_own_directory(path: Path) -> bool:
+    """Whether it is a directory, and no link to one, that belongs to this user and in which nobody else may write."""
+    try:
+        status = path.lstat()
+    except OSError:
+        return False
+    is_shared = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not is_shared
+
+
 class Launcher:
     """Starts runners: as transient units where systemd runs and this agent may, else as processes of their own."""
 
     def __init__(self, spawner: Spawner, *, has_units: bool) -> None:
         self._spawner = spawner
         self.has_units = has_units
+        self._systemd_version: int | None = None  # asked when the first unit is made
 
     async def launch(self, directory: Path, command_id: str) -> None:
         """Start the runner of the order in the directory; return when it listens.
@@ -61,8 +88,16 @@ class Launcher:
         Raises:
             UnavailableError: it could not be started; the message says why. It may start all the same, later."""
         runner = [sys.executable, "-I", "-S", "-c", _PROGRAM, _ROOT, str(directory)]
-        argv = [*build_unit_command(directory.name, command_id), *runner] if self.has_units else runner
-        await read_output(self._spawner, argv, timeout_seconds=LAUNCH_SECONDS, max_bytes=65536)
+        argv = [*await self._build_unit_command(directory.name, command_id), *runner] if self.has_units else runner
+        await self._run(argv)
+
+    async def _build_unit_command(self, name: str, command_id: str) -> list[str]:
+        if self._systemd_version is None:
+            self._systemd_version = parse_systemd_version(await self._run(["systemd-run", "--version"]))
+        return build_unit_command(name, command_id, systemd_version=self._systemd_version)
+
+    async def _run(self, argv: list[str]) -> bytes:
+        return await read_output(self._spawner, argv, timeout_seconds=LAUNCH_SECONDS, max_bytes=65536)
 
 
 def find_launcher(spawner: Spawner) -> Launcher:
@@ -70,16 +105,23 @@ def find_launcher(spawner: Spawner) -> Launcher:
     return Launcher(spawner, has_units=has_units)
 
 
-def build_unit_command(name: str, command_id: str) -> list[str]:
+def parse_systemd_version(said: bytes) -> int:
+    """Return the version of what a program of systemd says to --version, 0 where that cannot be told. Pure."""
+    match = re.match(rb"systemd (\d+)", said)
+    return int(match[1]) if match else 0
+
+
+def build_unit_command(name: str, command_id: str, *, systemd_version: int) -> list[str]:
     """Return the start of a command line that runs the rest of it as a transient unit. Pure."""
-    properties = (
+    properties = [
         "Delegate=yes",  # the runner makes a group for the command below its own
         "KillMode=process",  # the runner stops the command itself, and what that left in the background lives on
         "TimeoutStopSec=15",
         "NotifyAccess=main",
-        "OOMPolicy=continue",
         f"TasksMax={MAX_TASKS}",
-    )
+    ]
+    if systemd_version >= _OOM_POLICY_SYSTEMD:  # one that does not know a property makes no unit
+        properties.append("OOMPolicy=continue")
     return [
         "systemd-run",
         "--quiet",
@@ -121,15 +163,17 @@ class RunnerLink:
         except OSError as err:
             _log.debug("a runner does not listen: %s", err)
 
-    def wait_for_end(self, deadline: float) -> None:
-        """Wait until the runner has ended, or the monotonic clock shows that time. Blocking."""
-        while (seconds := deadline - time.monotonic()) > 0:
-            readable, _, _ = select.select([self._peer], [], [], seconds)
+    def wait_for_end(self, deadline: float) -> bool:
+        """Wait until the runner has ended, or the monotonic clock shows that time; return which. Blocking."""
+        while True:
+            readable, _, _ = select.select([self._peer], [], [], max(0.0, deadline - time.monotonic()))
+            if not readable:
+                return False
             try:
-                if readable and not self._peer.recv(_MAX_WORD_BYTES):
-                    return
+                if not self._peer.recv(_MAX_WORD_BYTES):
+                    return True
             except OSError:
-                return
+                return True
 
     def close(self) -> None:
         self._peer.close()
@@ -154,20 +198,39 @@ def connect(directory: Path) -> RunnerLink | None:
     return RunnerLink(peer)
 
 
-def stop_commands(directory: Path) -> int:
-    """Have all runners below the directory end their commands, as the agent is removed; return how many. Blocking.
+def list_running(directory: Path) -> list[str]:
+    """Return the names of the directories below this one whose runner lives. None hears of it, and so no agent loses
+    its link. Blocking."""
+    if not is_own_directory(directory):
+        return []
+    return [path.name for path in directory.iterdir() if _has_runner(path)]
 
-    Each leaves its result: an agent that is installed later with the same state tells of it."""
-    if not directory.is_dir():
-        return 0
-    links = [link for path in directory.iterdir() if path.is_dir() and (link := connect(path)) is not None]
-    deadline = time.monotonic() + STOP_SECONDS
-    for link in links:
+
+def _has_runner(directory: Path) -> bool:
+    traces = files.read_traces(str(directory))
+    try:  # its last argument is the directory; by now the pid may be another's
+        command = b"" if traces is None else Path(f"/proc/{traces.runner_pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return command.endswith(b"/%s\0" % os.fsencode(directory.name))
+
+
+def stop_commands(directory: Path, *, seconds: float = STOP_SECONDS) -> list[str]:
+    """Have all runners below the directory end their commands, as no agent does; return the names of the directories of
+    those that have not within these seconds. Blocking.
+
+    Each leaves its result: an agent that is installed later with the same state tells of it. To be called when the
+    agent is stopped: a runner listens to who came last."""
+    if not is_own_directory(directory):
+        return []
+    links = {path.name: link for path in directory.iterdir() if (link := connect(path)) is not None}
+    deadline = time.monotonic() + seconds
+    for link in links.values():
         link.send("stop interrupted")
-    for link in links:
-        link.wait_for_end(deadline)
+    left = [name for name, link in links.items() if not link.wait_for_end(deadline)]
+    for link in links.values():
         link.close()
-    return len(links)
+    return left
 
 
 async def dismiss(directory: Path) -> None:

@@ -312,14 +312,38 @@ async def test_a_cancel_before_its_offer_keeps_the_command_from_ever_starting(ri
 @pytest.mark.parametrize(
     ("offer", "reason"),
     [
-        (CommandOffer(command_id="c", kind="sql", command="x", timeout_seconds=1, remaining_seconds=1), "unsupported"),
-        (CommandOffer(command_id="c", kind="shell", command="x", timeout_seconds=1, remaining_seconds=0), "expired"),
-        (CommandOffer(command_id="c", kind="shell", command="x", timeout_seconds=-1, remaining_seconds=1), "invalid"),
+        (
+            CommandOffer(command_id="cmd_1", kind="sql", command="x", timeout_seconds=1, remaining_seconds=1),
+            "unsupported",
+        ),
+        (
+            CommandOffer(command_id="cmd_1", kind="shell", command="x", timeout_seconds=1, remaining_seconds=0),
+            "expired",
+        ),
+        (make_offer("x", timeout_seconds=-1), "invalid"),
+        (make_offer("x", command_id="c"), "invalid"),
+        (make_offer("x", command_id="cmd_1\n"), "invalid"),
     ],
 )
 async def test_an_offer_that_cannot_be_taken_is_rejected(rig: Rig, offer: CommandOffer, reason: str) -> None:
     rig.commands.offer(offer)
-    assert (await rig.rejection_of("c")).reason == reason
+    assert (await rig.rejection_of(offer.command_id)).reason == reason
+
+
+async def test_an_id_that_is_a_path_leads_nowhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim.1"
+    victim.mkdir()
+    for command_id in ("../../victim", f"{tmp_path}/victim", "../../new"):
+        async with open_rig(tmp_path / "state") as rig:
+            rig.commands.offer(make_offer("true", command_id=command_id))
+            assert (await rig.rejection_of(command_id)).reason == "invalid"
+            rig.commands.cancel(CommandCancel(command_id=command_id))
+            await rig.rejection_of(command_id, count=2)
+        async with open_rig(tmp_path / "state") as rig:  # remembers the cancel
+            rig.commands.offer(make_offer("true", command_id=command_id))
+            assert (await rig.rejection_of(command_id)).reason == "cancelled"
+            rig.ledger.note_stored(command_id)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "victim.1"]
 
 
 async def test_the_profile_monitor_runs_no_command(tmp_path: Path) -> None:
@@ -328,6 +352,26 @@ async def test_the_profile_monitor_runs_no_command(tmp_path: Path) -> None:
         answer = await rig.rejection_of()
         assert answer.reason == "policy"
         assert "profile monitor" in answer.message
+
+
+async def test_the_profile_monitor_runs_nothing_that_waits_in_its_ledger(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    ledger = Ledger(tmp_path / "state", boot_id="this boot", new_instance_id="instance")
+    ledger.open()
+    for number in (1, 2):
+        await ledger.add(make_offer(f"echo ran >> {runs}", command_id=f"cmd_{number}"))[1]
+    started = ledger.get("cmd_2")
+    assert started is not None
+    directory = ledger.directory_of(started)
+    await ledger.record_starting(started)  # and its runner never came up
+    ledger.close()
+    directory.mkdir()
+    async with open_rig(tmp_path / "state", profile="monitor") as rig:
+        for command_id in ("cmd_1", "cmd_2"):
+            answer = await rig.rejection_of(command_id)
+            assert answer.reason == "policy"
+            assert "profile monitor" in answer.message
+    assert not runs.exists()
 
 
 async def test_settling_sends_again_what_the_server_has_not_stored(rig: Rig) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fleetwire_agent.install import users
 from fleetwire_agent.install.bundle import open_own_bundle, parse_manifest
-from fleetwire_agent.install.changes import Changes, hand_over
+from fleetwire_agent.install.changes import Changes, pass_on
 from fleetwire_agent.install.failures import InstallError, describe_os_error
 from fleetwire_agent.install.host import Python, choose_python
 from fleetwire_agent.install.installation import Options, check_identity, read_agent_id
@@ -189,16 +189,23 @@ def test_one_step_that_cannot_be_undone_keeps_no_other_from_it(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
-def test_handing_a_directory_over_follows_no_link(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.write_text("root's")
-    state = tmp_path / "state"
-    (state / "deep").mkdir(parents=True)
-    (state / "deep/file").touch()
-    (state / "link").symlink_to(outside)
-    hand_over(state, 12345, 12346)
-    assert (state.stat().st_uid, (state / "deep/file").stat().st_gid) == (12345, 12346)
-    assert outside.stat().st_uid == 0
+def test_state_that_is_passed_on_is_empty_and_follows_no_link(tmp_path: Path) -> None:
+    outside, state = tmp_path / "outside", tmp_path / "state"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "file").write_text("root's")
+    state.mkdir(mode=0o777)
+    (state / "ledger.0").symlink_to(outside / "file")
+    (state / "commands").symlink_to(outside)
+    (state / "other").mkdir()
+    (state / "other/link").symlink_to(outside)
+    (state / "ledger.1").write_text("forged")
+    before = snapshot(outside)
+    pass_on(state, 12345, 12346)
+    status = state.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 12346, 0o700)
+    assert list(state.iterdir()) == []
+    assert snapshot(outside) == before
+    assert (outside / "file").stat().st_uid == 0
 
 
 # ---------------------------------------------------------------- refusals

@@ -1,6 +1,8 @@
 """What the agent holds of its commands, through restarts, reboots and a quota."""
 
 import asyncio
+import json
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,10 +15,12 @@ from fleetwire_agent.command_states import Event, State
 from fleetwire_agent.ledger import SPOOL_BYTES, Entry, Ledger
 from fleetwire_agent.ledger_file import LedgerFile
 from fleetwire_agent.runner.spool import SEGMENT_BYTES, SpoolWriter, list_segments
-from fleetwire_shared.errors import ConflictError
+from fleetwire_shared.codec import encode
+from fleetwire_shared.errors import ConflictError, UnavailableError
 from fleetwire_shared.messages import (
     CommandAccepted,
     CommandFinished,
+    CommandOffer,
     CommandOutput,
     CommandRejected,
     CommandStarted,
@@ -228,6 +232,8 @@ async def test_records_that_are_not_understood_are_damage_and_said(
         b"[]",
         b'{"record": "accepted", "offer": "{}"}',
         b'{"record": "starting", "command_id": "cmd_waiting"}',
+        b'{"record": "starting", "command_id": "cmd_waiting", "attempt": "1/../..", "boot_id": "boot"}',
+        build_record(make_offer("true", command_id="../../victim")),
         b'{"record": "finished", "command_id": "cmd_running", "ending": "{\\"type\\": \\"command_vanished\\"}"}',
         b'{"record": "of a newer agent"}',
     )
@@ -240,8 +246,13 @@ async def test_records_that_are_not_understood_are_damage_and_said(
                 "cmd_running": (State.RUNNING, "boot"),
             }
     said = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be read" in text for text in said) == 5  # once each, as the next ledger is without them
+    assert sum("cannot be read" in text for text in said) == 7  # once each, as the next ledger is without them
     assert any("command_vanished" in text for text in said)
+
+
+def build_record(offer: CommandOffer) -> bytes:
+    times = {"boot_id": "boot", "expires_at": 1e10, "expires_boottime": 1e10}
+    return json.dumps({"record": "accepted", "offer": encode(offer), **times}).encode()
 
 
 async def append_raw(directory: Path, *records: bytes) -> None:
@@ -250,6 +261,34 @@ async def append_raw(directory: Path, *records: bytes) -> None:
     async with asyncio.timeout(5):
         await asyncio.gather(*(file.append(record) for record in records))
     file.close()
+
+
+async def test_a_state_directory_that_others_can_change_is_refused(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    (victim / "kept").mkdir(parents=True)
+    (victim / "file").write_text("kept")
+
+    def refuse(name: str, match: str) -> None:
+        with pytest.raises(UnavailableError, match=match):
+            Ledger(tmp_path / name, boot_id="boot", new_instance_id="first").open()
+
+    for name in ("linked", "linked-commands", "shared"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked/ledger.0").symlink_to(victim / "file")
+    refuse("linked", match="symbolic links")
+    (tmp_path / "linked-commands/commands").symlink_to(victim)
+    refuse("linked-commands", match="commands is a link")
+    (tmp_path / "shared/commands").mkdir()
+    (tmp_path / "shared/commands").chmod(0o770)
+    refuse("shared", match="others may write")
+    if os.geteuid() == 0:
+        for name, part in (("given-ledger", "ledger.1"), ("given-commands", "commands")):
+            async with open_ledger(tmp_path / name):
+                pass
+            os.chown(tmp_path / name / part, 12345, 12345)
+            refuse(name, match=part)
+    assert (victim / "file").read_text() == "kept"
+    assert (victim / "kept").is_dir()
 
 
 async def test_two_agents_do_not_share_a_directory(tmp_path: Path) -> None:

@@ -26,7 +26,15 @@ from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runner.stop import describe_survivors, read_command_line
-from fleetwire_agent.runners import Launcher, connect, kill_leftovers
+from fleetwire_agent.runners import (
+    Launcher,
+    connect,
+    dismiss,
+    kill_leftovers,
+    list_running,
+    parse_systemd_version,
+    stop_commands,
+)
 from fleetwire_shared.messages import CommandCancel
 
 
@@ -510,6 +518,63 @@ def make_launcher(spawner: Spawner) -> Launcher:
     return Launcher(spawner, has_units=False)
 
 
+_SYSTEMD_RUN = """\
+#!/bin/sh
+if [ "$1" = --version ]; then
+    echo "systemd {version} ({version}-1)"
+    exit
+fi
+while [ "$1" != -- ]; do
+    case "$1" in
+    *OOMPolicy=*) if [ {version} -lt 243 ]; then echo "Unknown assignment: $1" >&2; exit 1; fi; touch {mark} ;;
+    esac
+    shift
+done
+shift
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("version", [239, 252])
+async def test_a_systemd_is_asked_for_no_property_that_it_does_not_know(tmp_path: Path, version: int) -> None:
+    mark, directory = tmp_path / "mark", tmp_path / "state/cmd_1.1"
+    program = tmp_path / "bin/systemd-run"
+    program.parent.mkdir()
+    program.write_text(_SYSTEMD_RUN.format(version=version, mark=mark))
+    program.chmod(0o755)
+    directory.parent.mkdir()
+    await asyncio.to_thread(files.write_order, str(directory), make_order("true"))
+    with Spawner({"PATH": f"{program.parent}:{os.environ['PATH']}"}) as spawner:
+        await Launcher(spawner, has_units=True).launch(directory, "cmd_1")
+        await dismiss(directory)
+    assert mark.exists() == (version >= 243)
+
+
+def test_a_version_of_systemd_that_cannot_be_told_is_taken_for_an_old_one() -> None:
+    assert parse_systemd_version(b"systemd 257~rc1 (257~rc1-2)\n+PAM +AUDIT\n") == 257
+    assert parse_systemd_version(b"sh: systemd 300\n") == 0
+
+
+async def test_who_stops_commands_without_an_agent_is_told_which_go_on(tmp_path: Path) -> None:
+    commands = tmp_path / "state/commands"
+    async with open_rig(tmp_path / "state", is_killed=True) as rig:
+        for number in (1, 2):
+            rig.commands.offer(make_offer("echo $$; sleep 600", command_id=f"cmd_{number}"))
+        pids = [await rig.first_line(f"cmd_{number}") for number in (1, 2)]
+        stuck = find_runner(rig, "cmd_2")
+    assert sorted(list_running(commands)) == ["cmd_1.1", "cmd_2.1"]
+    os.kill(stuck, signal.SIGSTOP)
+    assert await asyncio.to_thread(stop_commands, commands, seconds=3.0) == ["cmd_2.1"]
+    assert read_process(pids[0]) is None
+    assert list_running(commands) == ["cmd_2.1"]
+    os.kill(stuck, signal.SIGCONT)
+    await wait_until_gone(stuck)
+    assert list_running(commands) == stop_commands(commands) == []
+    async with open_rig(tmp_path / "state") as rig:
+        for number in (1, 2):
+            assert (await rig.result_of(f"cmd_{number}")).status == "interrupted"
+
+
 # ---------------------------------------------------------------- what is killed
 
 
@@ -591,6 +656,31 @@ def test_a_result_of_a_long_error_is_cut_to_what_fits(tmp_path: Path) -> None:
     result = files.read_result(str(tmp_path))
     assert result
     assert (result.error, len(result.killed)) == ("\x00" * files.MAX_ERROR_CHARACTERS, 100)
+
+
+def test_nothing_is_written_or_read_through_a_link(tmp_path: Path) -> None:
+    victim, directory = tmp_path / "victim", tmp_path / "cmd_1.1"
+    victim.write_text('{"kept": true}')
+    directory.mkdir()
+    for name in (files.ORDER, files.TRACES, files.RESULT, f"output.{0:020d}"):
+        (directory / name).symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        files.write_traces(str(directory), files.Traces(1, None, None))
+    with pytest.raises(FileExistsError):
+        files.allocate_result(str(directory))
+    writer = make_writer(directory)
+    writer.add("stdout", b"x")
+    assert writer.has_failed
+    readers: list[Callable[[str], object]] = [
+        files.read_order,
+        files.read_result,
+        lambda each: SpoolReader(each).read(),
+    ]
+    for read in readers:
+        with pytest.raises(OSError, match="symbolic links"):
+            read(str(directory))
+    assert files.read_traces(str(directory)) is None
+    assert victim.read_text() == '{"kept": true}'
 
 
 def test_not_all_survivors_of_a_fork_bomb_are_named() -> None:

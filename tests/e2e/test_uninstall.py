@@ -79,9 +79,10 @@ async def test_commands_of_an_agent_with_another_state_directory_are_stopped_too
     command_id = await e2e_api.submit(agent_id, "setsid sleep 7779 & sleep 7779", timeout=900)
     await e2e_api.wait_for_command(agent_id, command_id, "running")
     said = await run(host, "fleetwire-agent uninstall")
-    assert "1 running commands are stopped" in said
+    assert "1 running commands are ended" in said
     assert "/srv/fleetwire are kept" in said
     assert "7779" not in host.exec("ps -eo args").stdout
+    assert (await e2e_api.wait_for_command(agent_id, command_id))["status"] == "interrupted"
 
 
 async def test_an_agent_that_only_watches_refuses_to_remove_itself(boot_host: BootHost, e2e_api: Api) -> None:

@@ -9,6 +9,10 @@ from tests.conftest import OpenApi, StartAgent, StartServer
 from tests.support.eventually import eventually
 from tests.support.processes import AgentProcess
 
+from fleetwire_agent.install.ending import end_agent
+from fleetwire_agent.install.services import Plain
+from fleetwire_agent.runners import END_COMMANDS
+
 
 def private_bytes(pid: int) -> int:
     """Return the anonymous memory of a process; shared libraries do not count."""
@@ -44,6 +48,77 @@ async def test_memory_stays_flat_while_the_server_is_away(
     before = private_bytes(agent.pid)
     await asyncio.sleep(9)  # some 90 MB of output, metrics and attempts to connect
     assert private_bytes(agent.pid) - before < 2 * 1024 * 1024
+
+
+class AgentService(Plain):
+    """An agent as a service, that a test starts."""
+
+    def __init__(self, agent: AgentProcess) -> None:
+        super().__init__()
+        self._agent = agent
+
+    def is_active(self) -> bool:
+        return self._agent.is_running
+
+    def end_commands(self) -> None:
+        os.kill(self._agent.pid, END_COMMANDS)
+
+    def stop(self) -> None:
+        if self._agent.is_running:
+            self._agent.stop()
+
+
+async def test_an_agent_that_is_ended_for_good_tells_first_what_became_of_its_commands(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path
+) -> None:
+    server = start_server()
+    api = await open_api(server)
+    agent = await start_agent(api, environment={"FLEETWIRE_AGENT_MAX_COMMANDS_AT_ONCE": "1"})
+    ran = tmp_path / "ran"
+
+    async def submit_two() -> list[str]:
+        commands = [await api.submit(agent.agent_id, text, timeout=600) for text in ("sleep 600", f"echo x >>{ran}")]
+        await api.wait_for_command(agent.agent_id, commands[0], "running")
+        await api.wait_for_command(agent.agent_id, commands[1], "accepted")
+        return commands
+
+    async def end() -> str:
+        return await asyncio.to_thread(end_agent, AgentService(agent), agent.state_dir)
+
+    async def read_statuses(commands: list[str]) -> list[str]:
+        return [(await api.get(f"/api/agents/{agent.agent_id}/commands/{each}"))["status"] for each in commands]
+
+    # The server is told before the agent is gone.
+    commands = await submit_two()
+    assert await end() == "1 running commands are ended"
+    assert not agent.is_running
+    assert await read_statuses(commands) == ["interrupted", "cancelled"]
+    # Where it is away, the next agent with the same state tells it.
+    agent.start()
+    await api.wait_for_agent(agent.agent_id)
+    commands = await submit_two()
+    server.kill()
+    assert await end() == "1 running commands are ended"
+    server.start()
+    server.wait_until_started()
+    api = await open_api(server)
+    agent.start()
+    assert [(await api.wait_for_command(agent.agent_id, each))["status"] for each in commands] == [
+        "interrupted",
+        "cancelled",
+    ]
+    assert not ran.exists()
+    # Where the agent does not run, what waits still waits.
+    commands = await submit_two()
+    agent.kill()
+    assert await end() == "1 running commands are ended"
+    assert await end() == ""
+    assert not ran.exists()
+    agent.start()
+    assert [(await api.wait_for_command(agent.agent_id, each))["status"] for each in commands] == [
+        "interrupted",
+        "succeeded",
+    ]
 
 
 async def test_the_agent_leaves_within_two_seconds_and_leaves_its_commands_running(

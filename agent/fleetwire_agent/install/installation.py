@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.bundle import Bundle, is_whole, open_own_bundle, remove_leftovers, unpack
-from fleetwire_agent.install.changes import Changes, hand_over
+from fleetwire_agent.install.changes import Changes, pass_on
+from fleetwire_agent.install.ending import end_agent
 from fleetwire_agent.install.exclusive import check_place, interruptible, not_interruptible, only_one
 from fleetwire_agent.install.failures import InstallError, InstallInterrupt, Reason, describe_os_error
 from fleetwire_agent.install.host import (
@@ -216,7 +217,7 @@ def _change(plan: Plan, changes: Changes, report: Report) -> Status | None:
         if is_changed or is_unpacked or not service.is_active():
             changes.plan("start the agent")
         return None
-    if is_changed or is_unpacked or not was_active:
+    if is_changed or is_unpacked or not service.is_active():
         state = find_state_directory(plan.settings)
         changes.do("start the agent", lambda: _start_anew(service, state), service.stop)
         say("start", "the agent runs")
@@ -271,26 +272,27 @@ def _settle_user(plan: Plan, changes: Changes) -> bool:
     if plan.profile == "manage":
         if is_our_user():
             changes.after_all(remove_user)
-            _hand_state_over(changes, 0, 0)
+        _pass_state_on(plan, changes, 0, 0)
         return False
     if user is None:
         changes.do(f"make the system user {USER}", add_user, remove_user)
         user = read_user(USER)
     if user is not None:
-        _hand_state_over(changes, user.pw_uid, user.pw_gid)
+        _pass_state_on(plan, changes, user.pw_uid, user.pw_gid)
     return True
 
 
-def _hand_state_over(changes: Changes, uid: int, gid: int) -> None:
-    if not STATE.exists():
+def _pass_state_on(plan: Plan, changes: Changes, uid: int, gid: int) -> None:
+    """Let another user have the state. Nothing of the agent runs meanwhile: root would write where that user may."""
+    if not STATE.exists() or STATE.stat().st_uid == uid:
         return
     before = STATE.stat()
-    if before.st_uid != uid:
-        changes.do(
-            f"hand {STATE} to user {uid}",
-            lambda: hand_over(STATE, uid, gid),
-            lambda: hand_over(STATE, before.st_uid, before.st_gid),
-        )
+    changes.do("end the agent's commands and stop it", lambda: end_agent(plan.service, STATE))
+    changes.do(
+        f"empty {STATE} and pass it on to user {uid}",
+        lambda: pass_on(STATE, uid, gid),
+        lambda: pass_on(STATE, before.st_uid, before.st_gid),
+    )
 
 
 def _write_launcher(plan: Plan, changes: Changes) -> bool:

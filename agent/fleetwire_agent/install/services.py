@@ -30,6 +30,7 @@ from fleetwire_agent.install.layout import (
     is_ours,
 )
 from fleetwire_agent.install.texts import build_init_script, build_unit
+from fleetwire_agent.runners import END_COMMANDS
 
 _CALL_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 20.0
@@ -56,6 +57,9 @@ class Service(Protocol):
 
     def stop(self) -> None:
         """Return when it is stopped; one that does not run is no failure."""
+
+    def end_commands(self) -> None:
+        """Have the agent end its commands and run on, to tell of them. Returns at once."""
 
     def reload(self) -> None:
         """Have the service manager read the files again, after they were restored."""
@@ -148,6 +152,10 @@ class Systemd:
     def stop(self) -> None:
         call("systemctl", "stop", UNIT_NAME, may_fail=True)
 
+    def end_commands(self) -> None:
+        # Not --kill-whom, which systemd knows since 252 only.
+        call("systemctl", "kill", "--kill-who=main", f"--signal={END_COMMANDS.name}", UNIT_NAME, may_fail=True)
+
     def reload(self) -> None:
         call("systemctl", "daemon-reload")
 
@@ -205,6 +213,13 @@ class _Supervised:
                 return file.read(65536).decode(errors="replace").splitlines()
         except OSError:
             return []
+
+    def end_commands(self) -> None:
+        """The supervisor passes the signal on."""
+        pid = read_supervisor()
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, END_COMMANDS)
 
     def _is_supervised(self) -> bool:
         return read_supervisor() is not None

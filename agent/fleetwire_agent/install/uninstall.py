@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 from fleetwire_agent.config import Profile
-from fleetwire_agent.install.changes import hand_over
+from fleetwire_agent.install.changes import pass_on
+from fleetwire_agent.install.ending import end_agent
 from fleetwire_agent.install.exclusive import check_place, only_one
 from fleetwire_agent.install.failures import InstallError, describe_os_error
 from fleetwire_agent.install.host import check_root, find_init
@@ -28,7 +29,6 @@ from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Plain, Service, make_service, read_supervisor
 from fleetwire_agent.install.texts import find_state_directory
 from fleetwire_agent.install.users import is_our_user, remove_user
-from fleetwire_agent.runners import COMMANDS, stop_commands
 from fleetwire_agent.version import program_root
 from fleetwire_shared.errors import ConflictError, UnavailableError
 
@@ -60,18 +60,18 @@ def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome
         rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
         return _outcome("nothing", f"No Fleetwire agent is installed here{rest}")
     if is_dry_run:
-        report.step("plan", "would stop the agent")
+        report.step("plan", "would end the agent's commands and stop it")
         for path in paths:
             report.step("plan", f"would remove {path}")
         if is_our_user():
             report.step("plan", "would remove the user fleetwire-agent")
         return _outcome("dry_run", "Nothing was changed.")
-    if is_ours(UNIT) or is_ours(INIT_SCRIPT) or isinstance(service, Plain):
-        service.stop()
+    has_service = is_ours(UNIT) or is_ours(INIT_SCRIPT) or isinstance(service, Plain)
+    said = end_agent(service if has_service else None, state)
+    if has_service:
         report.step("stop", "the agent is stopped")
-    stopped = stop_commands(state / COMMANDS)
-    if stopped:
-        report.step("stop", f"{stopped} running commands are stopped")
+    if said:
+        report.step("stop", said)
     removed = remove_all(service, is_purging=is_purging, is_leaving=False)
     for name in removed:
         report.step("remove", name)
@@ -125,8 +125,8 @@ def remove_all(service: Service, *, is_purging: bool, is_leaving: bool) -> list[
             removed.append(str(path))
     _remove_leftovers(is_purging=is_purging)
     if is_our_user():
-        if STATE.exists():
-            hand_over(STATE, 0, 0)
+        if STATE.exists() and STATE.stat().st_uid != 0:
+            pass_on(STATE, 0, 0)
         remove_user()
         removed.append("user fleetwire-agent")
     if problems:

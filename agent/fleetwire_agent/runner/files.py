@@ -77,13 +77,19 @@ class Result(NamedTuple):
     killed_count: int
 
 
+def open_own(path: str, flags: int) -> int:
+    """Open a file of the state directory, or make it (as `open` and `os.open` do). Raises OSError, also for a link: the
+    runner makes none there but the claim, and who could plant one would have root write elsewhere."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
 def keep_reserve(state_directory: str) -> None:
     """Make the reserve unless it is there, or there is no room for it."""
     path = f"{state_directory}/{RESERVE}"
     if os.path.exists(path):  # noqa: PTH110
         return
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = open_own(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(descriptor, 0, RESERVE_BYTES)
         finally:
@@ -104,13 +110,14 @@ def use_reserve(state_directory: str) -> bool:
 def write_order(directory: str, order: Order) -> None:
     """Make the command's directory, with its order. Raises OSError."""
     os.mkdir(directory, 0o700)  # noqa: PTH102
-    descriptor = os.open(f"{directory}/{ORDER}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = open_own(f"{directory}/{ORDER}", os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         json.dump(order._asdict(), file)
 
 
 def read_order(directory: str) -> Order:
-    with open(f"{directory}/{ORDER}", encoding="utf-8") as file:  # noqa: PTH123 - pathlib costs a runner its import
+    # Not with pathlib, which costs a runner its import.
+    with open(f"{directory}/{ORDER}", encoding="utf-8", opener=open_own) as file:
         return Order(**json.load(file))
 
 
@@ -127,7 +134,7 @@ def claim(directory: str, who: Literal["runner", "agent"]) -> bool:
 def write_traces(directory: str, traces: Traces) -> None:
     """Write the traces, or replace them, which needs no more room. Raises OSError."""
     content = json.dumps(traces._asdict()).encode().ljust(_TRACES_BYTES)
-    descriptor = os.open(f"{directory}/{TRACES}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_own(f"{directory}/{TRACES}", os.O_WRONLY | os.O_CREAT)
     try:
         if os.pwrite(descriptor, content, 0) < len(content):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -138,7 +145,7 @@ def write_traces(directory: str, traces: Traces) -> None:
 def read_traces(directory: str) -> Traces | None:
     """Return the traces, None where the runner was killed before it wrote any, or they cannot be read."""
     try:
-        with open(f"{directory}/{TRACES}", encoding="utf-8") as file:  # noqa: PTH123
+        with open(f"{directory}/{TRACES}", encoding="utf-8", opener=open_own) as file:
             fields = json.load(file)
         shell = fields["shell"] and (int(fields["shell"][0]), int(fields["shell"][1]))
         return Traces(int(fields["runner_pid"]), fields["control_group"], shell)
@@ -148,7 +155,7 @@ def read_traces(directory: str) -> Traces | None:
 
 def allocate_result(directory: str) -> int:
     """Make the result's file, empty, with room for all that it may hold; return its descriptor. Raises OSError."""
-    descriptor = os.open(f"{directory}/{RESULT}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    descriptor = open_own(f"{directory}/{RESULT}", os.O_RDWR | os.O_CREAT | os.O_EXCL)
     os.posix_fallocate(descriptor, 0, _RESULT_HEADER.size + MAX_RESULT_BYTES)
     return descriptor
 
@@ -178,7 +185,7 @@ def read_result(directory: str) -> Result | None:
     Raises:
         OSError: the disk cannot be read. UnknownResultError."""
     try:
-        with open(f"{directory}/{RESULT}", "rb") as file:  # noqa: PTH123
+        with open(f"{directory}/{RESULT}", "rb", opener=open_own) as file:
             stored = file.read()
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -11,6 +11,8 @@ from contextlib import suppress
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from fleetwire_agent.runner.files import open_own
+
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
 SEGMENT_BYTES: Final = 1024 * 1024
@@ -105,9 +107,7 @@ class SpoolWriter:
             self._descriptor = None
         self._drop_middle()
         self.recount()
-        self._descriptor = os.open(
-            _path(self._directory, self.position), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
-        )
+        self._descriptor = open_own(_path(self._directory, self.position), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self._size_bytes = 0
         return self._descriptor
 
@@ -137,7 +137,7 @@ class SpoolWriter:
             self._descriptor = None
         for start in list_segments(self._directory):
             with suppress(OSError):  # removed meanwhile, or the disk is failing: the result says more
-                descriptor = os.open(_path(self._directory, start), os.O_RDONLY)
+                descriptor = open_own(_path(self._directory, start), os.O_RDONLY)
                 try:
                     os.fdatasync(descriptor)
                 finally:
@@ -207,7 +207,7 @@ class SpoolReader:
         if start is None:
             return False
         try:
-            descriptor = os.open(_path(self._directory, start), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_own(_path(self._directory, start), os.O_RDONLY)
         except FileNotFoundError:  # removed between the listing and now; the next call finds what is left
             return False
         self.close()
