@@ -399,8 +399,8 @@ async def test_a_runner_whose_agent_was_killed_before_it_connected_gives_way_to_
     ledger.close()
     for _ in range(2):
         async with open_rig(state) as rig:
-            assert rig.entry().attempt == 2, "systemd refuses a unit whose name is taken"
             assert (await rig.result_of()).status == "succeeded"
+            assert rig.entry().attempt == 2, "systemd refuses a unit whose name is taken"
     await wait_until_gone(runner)
     assert ran.read_text() == "ran\n"
 
