@@ -234,6 +234,19 @@ async def test_a_runner_that_is_terminated_stops_its_command_and_says_so(tmp_pat
         assert read_process(pid) is None
 
 
+async def test_a_command_begins_with_no_signal_ignored_or_blocked(tmp_path: Path) -> None:
+    ignored = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # of which a child's child is told nothing but that
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        async with open_rig(tmp_path) as rig:
+            await rig.run("grep -E 'Sig(Ign|Blk)' /proc/self/status; trap 'echo trapped' INT HUP; kill -INT $$")
+            output = rig.output("stdout").decode().split()
+    finally:
+        signal.signal(signal.SIGUSR1, ignored)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert output == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16, "trapped"]
+
+
 async def test_a_command_of_another_boot_is_interrupted_and_not_run_again(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with open_rig(state, is_killed=True) as rig:
