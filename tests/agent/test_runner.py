@@ -234,6 +234,27 @@ async def test_a_runner_that_is_terminated_stops_its_command_and_says_so(tmp_pat
         assert read_process(pid) is None
 
 
+@pytest.mark.parametrize("reason", ["SIGTERM", "removal"])
+async def test_a_shell_that_has_ended_counts_and_its_background_lives_whatever_ends_the_runner(
+    tmp_path: Path, reason: str
+) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(make_offer("sleep 600 & echo $!; exit 3"))  # holds the output for half a second
+        pid = await rig.first_line()
+        traces = files.read_traces(str(rig.entry().directory))
+        assert traces
+        assert traces.shell
+        await wait_until_gone(traces.shell[0])
+        if reason == "SIGTERM":
+            os.kill(traces.runner_pid, signal.SIGTERM)
+        else:
+            await rig.commands.stop()
+        result = await rig.result_of()
+        assert (result.status, result.exit_code, result.killed) == ("failed", 3, ())
+        assert read_process(pid)
+        os.kill(pid, signal.SIGKILL)
+
+
 async def test_a_command_begins_with_no_signal_ignored_or_blocked(tmp_path: Path) -> None:
     ignored = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # of which a child's child is told nothing but that
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])

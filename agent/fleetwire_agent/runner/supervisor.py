@@ -170,9 +170,9 @@ class Supervisor:
         while not self._is_over():
             self._wait()
             now = time.monotonic()
+            self._reap(now)  # before anybody is heard: a shell that has ended is not stopped any more
             self._listen()
             self._read_pipes(now)
-            self._reap(now)
             self._watch_time(now)
             self._tell_output()
         for pipe in shell.pipes:
@@ -191,7 +191,7 @@ class Supervisor:
             return now >= self._stop.next_at and self._stop.step(now)
         if self._exited_at is None:
             return False
-        return not self._pipes or now >= self._exited_at + BACKGROUND_OUTPUT_SECONDS
+        return not self._pipes or self.is_terminated or now >= self._exited_at + BACKGROUND_OUTPUT_SECONDS
 
     def _wait(self) -> None:
         poller = select.poll()
@@ -229,9 +229,8 @@ class Supervisor:
             self._waits_when_full = False
         with suppress(BlockingIOError):
             os.read(self._wakeup, 512)
-        if self.is_terminated and self._stop is None:
-            self._error = _SHUTDOWN
-            self._begin_stop("interrupted")
+        if self.is_terminated:
+            self._begin_stop("interrupted", error=_SHUTDOWN)
 
     def _greet(self) -> None:
         self._link.send(f"started {self._started_at!r}")
@@ -279,16 +278,16 @@ class Supervisor:
         self._exit_code, self._exited_at = exit_code, now
 
     def _watch_time(self, now: float) -> None:
-        if now >= self._began + self._order.timeout_seconds and self._exited_at is None:
+        if now >= self._began + self._order.timeout_seconds:
             self._begin_stop("timed_out")
 
-    def _begin_stop(self, status: ResultStatus) -> None:
+    def _begin_stop(self, status: ResultStatus, *, error: str | None = None) -> None:
         """The first reason counts, and none once the shell has ended by itself."""
-        if self._stop is not None or (self._exited_at is not None and status != "interrupted"):
+        if self._stop is not None or self._exited_at is not None:
             return
         within = None if self._group is not None else os.getpid()
         family = Family([self._root], variables=[f"{COMMAND_DIRECTORY_VARIABLE}={self._directory}"], within=within)
-        self._stop_status = status
+        self._stop_status, self._error = status, error
         self._stop = Stop(family, self._group, now=time.monotonic(), grace_seconds=self._order.grace_seconds)
 
     def _tell_output(self) -> None:
