@@ -26,6 +26,7 @@ from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runner.stop import describe_survivors
+from fleetwire_agent.runner.supervisor import AgentLink, await_go
 from fleetwire_agent.runners import Launcher, connect, kill_leftovers
 from fleetwire_shared.messages import CommandCancel
 
@@ -471,6 +472,26 @@ async def test_a_runner_whose_agent_leaves_without_a_word_never_starts(tmp_path:
                 await asyncio.sleep(0.02)
     assert files.claim(str(directory), "agent")
     assert not (tmp_path / "ran").exists()
+
+
+async def test_a_runner_waits_for_its_turn_as_long_as_its_agent_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listener = AgentLink()
+    link = connect(tmp_path)
+    assert link
+    waiting = asyncio.create_task(  # noqa: TID251 - a runner of one's own
+        asyncio.to_thread(await_go, listener, is_terminated=lambda: False, alone_seconds=0.1)
+    )
+    await asyncio.sleep(1.5)
+    link.send("go")
+    assert await waiting
+    link.close()
+    listener.close()
+    listener = AgentLink()
+    assert not await asyncio.to_thread(await_go, listener, is_terminated=lambda: False, alone_seconds=0.1)
+    listener.close()
 
 
 @pytest.mark.parametrize("words", [["stop cancelled"], ["go", "stop interrupted"]])

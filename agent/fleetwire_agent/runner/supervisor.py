@@ -40,7 +40,7 @@ from fleetwire_agent.runner.spool import SpoolWriter
 from fleetwire_agent.runner.stop import Stop, describe_survivors
 
 GO_SECONDS: Final = 60.0
-"""How long a runner that is ready waits for the word to start; the agent is gone, or has changed its mind."""
+"""How long a runner that is ready waits for an agent; one that is connected may keep it waiting for its turn."""
 
 BACKGROUND_OUTPUT_SECONDS: Final = 0.5
 """How long a background child may hold the output after the shell's exit."""
@@ -54,6 +54,7 @@ RESULT_SECONDS: Final = 3600.0
 
 _STATE: Final = "../.."  # of the agent, seen from the command's directory
 _MAX_WORD_BYTES: Final = 200
+_LOOK_SECONDS: Final = 1.0  # how often a runner that waits sees whether its directory is still there
 _SHUTDOWN: Final = "stopped by the service manager, as when the host shuts down"
 
 
@@ -380,7 +381,7 @@ def _run(directory: str) -> int:
     signal.signal(signal.SIGTERM, supervisor.note_signal)
     tell_ready("")
     try:
-        if _await_go(link, supervisor) and claim(".", "runner"):
+        if await_go(link, is_terminated=lambda: supervisor.is_terminated) and claim(".", "runner"):
             supervisor.run()
     finally:
         link.close()
@@ -390,13 +391,13 @@ def _run(directory: str) -> int:
     return 0
 
 
-def _await_go(link: AgentLink, supervisor: Supervisor) -> bool:
+def await_go(link: AgentLink, *, is_terminated: Callable[[], bool], alone_seconds: float = GO_SECONDS) -> bool:
     """Wait for the agent to connect and say go. It says stop, or leaves without go, when it has changed its mind; where
     it was killed before it connected, the next one removes the directory and has another runner started."""
-    deadline = time.monotonic() + GO_SECONDS
+    deadline = time.monotonic() + alone_seconds
     has_met = False
-    while time.monotonic() < deadline and not supervisor.is_terminated:
-        readable, _, _ = select.select(link.descriptors, [], [], max(0.0, min(1.0, deadline - time.monotonic())))
+    while (link.is_connected or time.monotonic() < deadline) and not is_terminated():
+        readable, _, _ = select.select(link.descriptors, [], [], _LOOK_SECONDS)
         if not os.path.exists(SOCKET):  # noqa: PTH110 - another has been ordered, or the command was given up
             return False
         if readable:
