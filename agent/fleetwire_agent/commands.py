@@ -55,6 +55,7 @@ MONITOR_RUNS_NOTHING: Final = (
 )
 
 _EXPIRY_ROUND_SECONDS: Final = 1.0
+_CONNECT_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
 _RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
 _LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
@@ -397,11 +398,21 @@ class Commands:
         directory = self._ledger.directory_of(run.entry)
         run.is_prepared.set()
         if run.entry.started_boot_id in (self._ledger.boot_id, None):
-            try:
-                run.link = runners.connect(directory)
-            except OSError as err:
-                _log.error("whether %s still runs cannot be seen: %s", run.entry.command_id, err)
+            run.link = await self._connect_again(run.entry, directory)
         await self._watch(run, directory)
+
+    async def _connect_again(self, entry: Entry, directory: Path) -> RunnerLink | None:
+        """Return a link to the runner, None when it has ended: what cannot be told now is asked until it can, as a
+        runner that is taken for dead has its command killed."""
+        is_told = False
+        while True:
+            try:
+                return runners.connect(directory)
+            except OSError as err:
+                if not is_told:
+                    _log.error("whether %s still runs cannot be seen, and is tried again: %s", entry.command_id, err)
+                is_told = True
+            await asyncio.sleep(_CONNECT_ROUND_SECONDS)
 
     def _may_be_of_this_boot(self, entry: Entry) -> bool:
         """Whether what it started may still run. Where the ledger has lost the start, the acceptance counts."""

@@ -42,6 +42,7 @@ _ROOT: Final = str(Path(__file__).parent.parent)
 
 _SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_WORD_BYTES: Final = 200
+_CONNECT_DELAY_SECONDS: Final = 0.1
 _KILL_ROUNDS: Final = 20
 _KILL_DELAY_SECONDS: Final = 0.05
 
@@ -136,19 +137,26 @@ class RunnerLink:
 
 
 def connect(directory: Path) -> RunnerLink | None:
-    """Return a link to the runner of the directory, None when none listens there. Raises OSError: nobody can tell."""
+    """Return a link to the runner of the directory, None when none listens there.
+
+    Raises:
+        OSError: nobody can tell, as where too many have connected to a runner that is stopped, or memory is short."""
     try:
         place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    peer.setblocking(False)
     try:
-        # The path of a socket holds 107 bytes: too few for some state directories.
-        peer.connect(f"/proc/self/fd/{place}/{files.SOCKET}")
-    except OSError:
-        peer.close()
-        return None
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            peer.setblocking(False)
+            # The path of a socket holds 107 bytes: too few for some state directories.
+            peer.connect(f"/proc/self/fd/{place}/{files.SOCKET}")
+        except (FileNotFoundError, ConnectionRefusedError):
+            peer.close()
+            return None
+        except OSError:
+            peer.close()
+            raise
     finally:
         os.close(place)
     return RunnerLink(peer)
@@ -160,14 +168,27 @@ def stop_commands(directory: Path) -> int:
     Each leaves its result: an agent that is installed later with the same state tells of it."""
     if not directory.is_dir():
         return 0
-    links = [link for path in directory.iterdir() if path.is_dir() and (link := connect(path)) is not None]
     deadline = time.monotonic() + STOP_SECONDS
+    places = [path for path in directory.iterdir() if path.is_dir()]
+    links = [link for path in places if (link := _connect_until(deadline, path)) is not None]
     for link in links:
         link.send("stop interrupted")
     for link in links:
         link.wait_for_end(deadline)
         link.close()
     return len(links)
+
+
+def _connect_until(deadline: float, directory: Path) -> RunnerLink | None:
+    """As `connect`, but for as long as nobody can tell it tries again, until the deadline. Blocking."""
+    while True:
+        try:
+            return connect(directory)
+        except OSError as err:
+            if time.monotonic() >= deadline:
+                _log.error("whether the command in %s still runs cannot be seen: %s", directory, err)
+                return None
+        time.sleep(_CONNECT_DELAY_SECONDS)
 
 
 async def dismiss(directory: Path) -> None:

@@ -27,7 +27,7 @@ from fleetwire_agent.runner.control_group import choose_control_group, make_cont
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runner.stop import describe_survivors
 from fleetwire_agent.runner.supervisor import AgentLink, await_go
-from fleetwire_agent.runners import Launcher, connect, kill_leftovers
+from fleetwire_agent.runners import Launcher, RunnerLink, connect, kill_leftovers
 from fleetwire_shared.messages import CommandCancel
 
 
@@ -125,6 +125,37 @@ async def test_what_waited_when_the_agent_was_killed_runs_once_in_order(tmp_path
         for number in (1, 2, 3):
             assert (await rig.result_of(f"cmd_{number}")).status == "succeeded"
     assert (tmp_path / "order").read_text() == "2\n3\n"
+
+
+async def test_a_command_whose_runner_cannot_be_reached_is_left_alone_until_it_can(tmp_path: Path) -> None:
+    state, gate = tmp_path / "state", tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(state, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo $$; cat {gate}; exit 5"))
+        pid = await rig.first_line()
+        runner = find_runner(rig)
+        directory = rig.entry().directory
+        assert directory
+    os.kill(runner, signal.SIGSTOP)
+    links = fill_backlog(directory)
+    async with open_rig(state) as rig:
+        await asyncio.sleep(0.5)  # for whoever takes it for dead
+        assert read_process(pid)
+        assert rig.entry().state is State.RUNNING
+        os.kill(runner, signal.SIGCONT)
+        await asyncio.to_thread(gate.write_text, "")
+        assert (await rig.result_of()).exit_code == 5
+    for link in links:
+        link.close()
+
+
+def fill_backlog(directory: Path) -> list[RunnerLink]:
+    """Connect to a runner that is stopped, as often as it lets wait."""
+    links = []
+    with suppress(BlockingIOError):
+        while link := connect(directory):
+            links.append(link)
+    return links
 
 
 # ---------------------------------------------------------------- what is lost
