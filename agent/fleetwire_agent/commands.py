@@ -5,6 +5,7 @@ import asyncio
 import logging
 import shutil
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -484,7 +485,7 @@ class Commands:
         elif problem or entry.attempt > MAX_ATTEMPTS:
             self._fail(entry, f"the command could not be started: {problem or 'its runner does not come up'}")
         elif not self._is_stopping:
-            self._waiting.appendleft(entry)
+            insort(self._waiting, entry, key=lambda each: each.number)
 
     def _build_ending(self, entry: Entry, status: Literal["failed", "interrupted"], *, error: str) -> CommandFinished:
         """Return the end of a command that left no result; of its output only what the disk shows is known."""

@@ -56,6 +56,7 @@ class Entry:
     boot_id: str  # of the boot in which it was accepted
     expires_at: float  # Unix seconds by this host's clock; counts after a reboot
     expires_boottime: float  # seconds of CLOCK_BOOTTIME; counts within one boot, whatever is done to the clock
+    number: int  # in the order in which this ledger's commands were accepted
     state: State = State.ACCEPTED
     attempt: int = 1  # its directory's; a new one after it is proved that the last one did not start the shell
     started_boot_id: str | None = None  # of the boot in which it was last about to start; None: never, or not known
@@ -171,6 +172,7 @@ class Ledger:
         self._entries: dict[str, Entry] = {}
         self._endings: OrderedDict[str, Ending] = OrderedDict()
         self._answers: list[Ending] = []  # to be told once
+        self._accepted_count = 0
 
     # ------------------------------------------------------------ opening
 
@@ -238,9 +240,7 @@ class Ledger:
                 self.instance_id = record["instance_id"]
             case "accepted":
                 offer = cast(CommandOffer, decode(record["offer"], FROM_SERVER))
-                self._entries[offer.command_id] = Entry(
-                    offer, record["boot_id"], record["expires_at"], record["expires_boottime"]
-                )
+                self._hold(offer, record["boot_id"], record["expires_at"], record["expires_boottime"])
             case "starting" if entry:
                 entry.state, entry.attempt, entry.started_boot_id = State.STARTING, record["attempt"], record["boot_id"]
             case "never_ran" if entry:
@@ -311,13 +311,8 @@ class Ledger:
 
     def add(self, offer: CommandOffer) -> tuple[Entry, "asyncio.Future[None]"]:
         """Hold a command; the future is done when that is on disk, and raises OSError when it cannot be."""
-        entry = Entry(
-            offer,
-            self.boot_id,
-            expires_at=self._now() + offer.remaining_seconds,
-            expires_boottime=self._boottime() + offer.remaining_seconds,
-        )
-        self._entries[offer.command_id] = entry
+        seconds = offer.remaining_seconds
+        entry = self._hold(offer, self.boot_id, self._now() + seconds, self._boottime() + seconds)
         saved = self._append(_accepted(entry))
 
         def note(saved: "asyncio.Future[None]") -> None:
@@ -327,6 +322,12 @@ class Ledger:
 
         saved.add_done_callback(note)
         return entry, saved
+
+    def _hold(self, offer: CommandOffer, boot_id: str, expires_at: float, expires_boottime: float) -> Entry:
+        self._accepted_count += 1
+        entry = Entry(offer, boot_id, expires_at, expires_boottime, number=self._accepted_count)
+        self._entries[offer.command_id] = entry
+        return entry
 
     def drop(self, entry: Entry) -> None:
         """Forget a command whose acceptance could not be written: nobody was told of it."""

@@ -158,6 +158,24 @@ def fill_backlog(directory: Path) -> list[RunnerLink]:
     return links
 
 
+async def test_what_was_about_to_start_waits_again_in_the_order_of_acceptance(tmp_path: Path) -> None:
+    state, names = tmp_path / "state", [f"cmd_{number}" for number in range(6)]
+    ledger = Ledger(state, boot_id="boot", new_instance_id="instance")
+    ledger.open()
+    ledger.begin()
+    for name in names:
+        entry, saved = ledger.add(make_offer(f"echo {name} >> {tmp_path}/order", command_id=name))
+        await saved
+        files.write_order(str(ledger.directory_of(entry)), make_order("true"))
+        if name != names[-1]:
+            await ledger.record_starting(entry)
+    ledger.close()
+    async with open_rig(state, max_at_once=1) as rig:
+        for name in names:
+            assert (await rig.result_of(name)).status == "succeeded"
+    assert (tmp_path / "order").read_text().split() == names
+
+
 # ---------------------------------------------------------------- what is lost
 
 
