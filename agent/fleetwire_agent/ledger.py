@@ -255,8 +255,10 @@ class Ledger:
                     self._remember(entry.ending)
             case "ended":
                 self._remember(_decode_ending(record["ending"]))
-            case _:  # of a command that is over, or of a newer agent
+            case "starting" | "never_ran" | "running" | "finished" | "stored":  # of a command that is over
                 pass
+            case kind:  # of a newer agent: it may say that a command was started
+                raise ValueError(f"kind {kind!r} is not known")
 
     def _list_live(self) -> Iterator[bytes]:
         """Return the records that make up the present state."""

@@ -240,8 +240,25 @@ async def test_records_that_are_not_understood_are_damage_and_said(
                 "cmd_running": (State.RUNNING, "boot"),
             }
     said = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be read" in text for text in said) == 5  # once each, as the next ledger is without them
+    assert sum("cannot be read" in text for text in said) == 6  # once each, as the next ledger is without them
     assert any("command_vanished" in text for text in said)
+
+
+async def test_a_record_of_a_kind_that_only_a_newer_agent_knows_is_damage(tmp_path: Path) -> None:
+    """It may have said that the command was started."""
+    async with open_ledger(tmp_path) as opened:
+        opened.ledger.finish(await opened.add_started("cmd_over"), make_ending("cmd_over"))
+        opened.ledger.note_stored("cmd_over")
+        await opened.add("cmd_waiting")
+    known = (b"starting", b"never_ran", b"running", b"finished", b"stored")  # of a command that is over
+    await append_raw(tmp_path, *(b'{"record": "%s", "command_id": "cmd_over"}' % kind for kind in known))
+    async with open_ledger(tmp_path, new_instance_id="second") as opened:
+        assert opened.ledger.instance_id == "first"
+        assert [(entry.state, entry.started_boot_id) for entry in opened.found] == [(State.ACCEPTED, None)]
+    await append_raw(tmp_path, b'{"record": "launching", "command_id": "cmd_waiting"}')
+    async with open_ledger(tmp_path, new_instance_id="second") as opened:
+        assert opened.ledger.instance_id == "second"
+        assert [(entry.state, entry.started_boot_id) for entry in opened.found] == [(State.STARTING, None)]
 
 
 async def append_raw(directory: Path, *records: bytes) -> None:
