@@ -198,6 +198,7 @@ class Ledger:
             entry.is_on_disk = entry.is_accepted_sent = True
             entry.is_ending_on_disk = entry.ending is not None
             self._find_output(entry)
+        self._keep_quota()  # what ran on without an agent kept only its own
         self._remove_strays()
         self._update_reported()
         return [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
@@ -418,7 +419,10 @@ class Ledger:
             return False
         entry.stored_position = position
         self.news.set()
-        return entry.output is not None and entry.output.drop_before(position)
+        if entry.output is None or entry.directory is None or not entry.output.drop_before(position):
+            return False
+        entry.spool_bytes = _measure(entry.directory)
+        return True
 
     def note_stored(self, command_id: str) -> None:
         entry = self._entries.get(command_id)
@@ -448,16 +452,15 @@ class Ledger:
         if entry.directory is None:
             return
         entry.spool_bytes = _measure(entry.directory)
-        excess_bytes = sum(each.spool_bytes for each in self._entries.values()) - self._spool_bytes
-        if excess_bytes > 0:
-            self._drop_output(excess_bytes)
+        self._keep_quota()
 
-    def _drop_output(self, excess_bytes: int) -> None:
+    def _keep_quota(self) -> None:
         """Remove output the server has not, of what ended longest ago first, then of what has most; the gap tells."""
+        waiting_bytes = sum(entry.spool_bytes for entry in self._entries.values())
         ended = [entry for entry in self._entries.values() if entry.state is State.FINISHED]
         running = [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
         for entry in [*sorted(ended, key=_ended_at), *sorted(running, key=lambda entry: -entry.spool_bytes)]:
-            if excess_bytes <= 0:
+            if waiting_bytes <= self._spool_bytes:
                 return
             if entry.directory is None or not entry.spool_bytes:
                 continue
@@ -467,10 +470,10 @@ class Ledger:
             _log.warning(
                 "the server has been away for long: output of %s is dropped, as %d bytes of it wait on disk",
                 entry.command_id,
-                self._spool_bytes,
+                waiting_bytes,
             )
             left_bytes = _measure(entry.directory)
-            excess_bytes -= entry.spool_bytes - left_bytes
+            waiting_bytes -= entry.spool_bytes - left_bytes
             entry.spool_bytes = left_bytes
 
     def _forget_directory(self, entry: Entry) -> None:

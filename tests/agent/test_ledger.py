@@ -391,6 +391,25 @@ async def test_the_quota_takes_the_oldest_ending_although_its_command_was_accept
         assert count(directories) == {"cmd_1": 1, "cmd_2": 0, "cmd_3": 1}
 
 
+async def test_the_quota_counts_what_is_on_disk_and_not_what_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_ledger(tmp_path, spool_bytes=5 * SEGMENT_BYTES) as opened:
+        directories = {}
+        for command_id in ("cmd_1", "cmd_2"):
+            entry = await opened.add_started(command_id)
+            directories[command_id] = await write_spool(opened, entry, segments=4)
+            opened.ledger.note_output(entry)
+            opened.ledger.note_output_stored("cmd_1", 4 * SEGMENT_BYTES)
+        assert count(directories) == {"cmd_1": 1, "cmd_2": 4}
+    assert not caplog.records
+    async with open_ledger(tmp_path, spool_bytes=3 * SEGMENT_BYTES):  # holds also what was written without an agent
+        assert count(directories) == {"cmd_1": 1, "cmd_2": 1}
+    [said] = [record.getMessage() for record in caplog.records]
+    waiting_bytes = int(said.split(" dropped, as ")[1].split()[0])
+    assert 4.9 * SEGMENT_BYTES < waiting_bytes <= 5 * SEGMENT_BYTES
+
+
 def count(directories: dict[str, Path]) -> dict[str, int]:
     return {command_id: len(list_segments(str(directory))) for command_id, directory in directories.items()}
 
