@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests.agent.command_rig import Rig, make_offer, open_rig
+from tests.agent.command_rig import Rig, make_offer, no_room, open_rig
 from tests.support.commands import living_pids
 
 from fleetwire_agent.command_states import State
@@ -676,6 +676,16 @@ def test_a_result_torn_at_any_byte_is_none(tmp_path: Path) -> None:
     for cut in range(len(whole.rstrip(b"\0"))):
         path.write_bytes(whole[:cut] + bytes(len(whole) - cut))
         assert files.read_result(str(directory)) is None, cut
+
+
+def test_a_result_of_which_the_disk_takes_a_part_is_an_error(tmp_path: Path) -> None:
+    descriptor = files.allocate_result(str(tmp_path))
+    with no_room(after_bytes=100), pytest.raises(OSError, match="File too large"):
+        files.write_result(descriptor, str(tmp_path), make_result(killed=3))
+    assert files.read_result(str(tmp_path)) is None
+    files.write_result(descriptor, str(tmp_path), make_result(killed=3))
+    os.close(descriptor)
+    assert files.read_result(str(tmp_path)) == make_result(killed=3)
 
 
 def test_a_result_that_is_too_large_lists_fewer_of_the_killed(tmp_path: Path) -> None:

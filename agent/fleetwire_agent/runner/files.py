@@ -129,8 +129,7 @@ def write_traces(directory: str, traces: Traces) -> None:
     content = json.dumps(traces._asdict()).encode().ljust(_TRACES_BYTES)
     descriptor = os.open(f"{directory}/{TRACES}", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        if os.pwrite(descriptor, content, 0) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(descriptor, content, 0)
     finally:
         os.close(descriptor)
 
@@ -160,7 +159,7 @@ def write_result(descriptor: int, directory: str, result: Result) -> None:
     while len(content) > MAX_RESULT_BYTES:
         result = result._replace(killed=result.killed[: len(result.killed) // 2])
         content = _encode(result)
-    os.pwrite(descriptor, _RESULT_HEADER.pack(_RESULT_MAGIC, len(content), zlib.crc32(content)) + content, 0)
+    write_all(descriptor, _RESULT_HEADER.pack(_RESULT_MAGIC, len(content), zlib.crc32(content)) + content, 0)
     os.fdatasync(descriptor)
     for path in (directory, f"{directory}/.."):
         sync_directory(path)
@@ -206,7 +205,17 @@ def _encode(result: Result) -> bytes:
     return json.dumps(result._asdict()).encode()
 
 
-def sync_directory(path: str) -> None:
+def write_all(descriptor: int, content: bytes, place: int) -> None:
+    """Write the whole of it: the kernel may take a part, as where the disk becomes full. Raises OSError."""
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(descriptor, rest, place)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest, place = rest[written:], place + written
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
