@@ -19,7 +19,7 @@ from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Entry, Ledger
 from fleetwire_agent.process_table import COMMAND_ID_VARIABLE
 from fleetwire_agent.runner import files
-from fleetwire_agent.runner.spool import SpoolReader
+from fleetwire_agent.runner.spool import SpoolReader, Stream
 from fleetwire_agent.runners import Launcher, RunnerLink
 from fleetwire_shared.errors import UnavailableError
 from fleetwire_shared.limits import MAX_COMMANDS_AT_ONCE
@@ -55,6 +55,7 @@ MONITOR_RUNS_NOTHING: Final = (
     " install it with --profile manage to allow them"
 )
 
+_NOTHING: Final[Mapping[Stream, int]] = {"stdout": 0, "stderr": 0}
 _EXPIRY_ROUND_SECONDS: Final = 1.0
 _CONNECT_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
@@ -392,7 +393,7 @@ class Commands:
 
     def _fail(self, entry: Entry, problem: str) -> None:
         if entry.state is State.ACCEPTED:
-            self._ledger.finish(entry, self._build_ending(entry, "failed", error=problem))
+            self._ledger.finish(entry, self._build_ending(entry, "failed", error=problem, written=_NOTHING))
 
     async def _find_again(self, run: _Run) -> None:
         """Go on with a command that an earlier agent started, or was about to."""
@@ -465,7 +466,8 @@ class Commands:
                 await runners.kill_leftovers(directory)
         if result is None:
             _log.warning("%s is interrupted: %s", entry.command_id, error)
-            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error))
+            written = await asyncio.to_thread(_count_output, entry)
+            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error, written=written))
             return
         self._ledger.finish(entry, _ending_from(entry, result))
 
@@ -487,9 +489,10 @@ class Commands:
         elif not self._is_stopping:
             insort(self._waiting, entry, key=lambda each: each.number)
 
-    def _build_ending(self, entry: Entry, status: Literal["failed", "interrupted"], *, error: str) -> CommandFinished:
-        """Return the end of a command that left no result; of its output only what the disk shows is known."""
-        written = _count_output(entry)
+    def _build_ending(
+        self, entry: Entry, status: Literal["failed", "interrupted"], *, error: str, written: Mapping[Stream, int]
+    ) -> CommandFinished:
+        """Return the end of a command that left no result."""
         return CommandFinished(
             command_id=entry.command_id,
             status=status,
@@ -514,8 +517,9 @@ def _write_order(directory: Path, order: files.Order) -> None:
         files.write_order(str(directory), order)
 
 
-def _count_output(entry: Entry) -> dict[str, int]:
-    written = {"stdout": 0, "stderr": 0}
+def _count_output(entry: Entry) -> dict[Stream, int]:
+    """Return what the disk shows of a command that left no result. Blocking."""
+    written = dict(_NOTHING)
     if entry.directory is not None and entry.directory.is_dir():
         reader = SpoolReader(str(entry.directory))
         try:

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -367,7 +368,7 @@ class Ledger:
 
         def note(saved: "asyncio.Future[None]") -> None:
             if saved.exception() is None:
-                shutil.rmtree(proof, ignore_errors=True)
+                _remove_soon(proof)
 
         saved.add_done_callback(note)
 
@@ -478,7 +479,7 @@ class Ledger:
 
     def _forget_directory(self, entry: Entry) -> None:
         self._close_output(entry)
-        shutil.rmtree(self.directory_of(entry), ignore_errors=True)
+        _remove_soon(self.directory_of(entry))
 
     def _close_output(self, entry: Entry) -> None:
         if entry.output is not None:
@@ -518,6 +519,11 @@ class Ledger:
             self.is_reported.clear()
         else:
             self.is_reported.set()
+
+
+def _remove_soon(directory: Path) -> None:
+    """Remove a directory in a thread: 32 MiB take a disk a while. What a kill leaves of it the next agent removes."""
+    asyncio.get_running_loop().run_in_executor(None, partial(shutil.rmtree, directory, ignore_errors=True))
 
 
 def _measure(directory: Path) -> int:

@@ -1,6 +1,9 @@
 """What the agent holds of its commands, through restarts, reboots and a quota."""
 
 import asyncio
+import queue
+import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -421,6 +424,29 @@ async def test_directories_of_no_command_are_removed(tmp_path: Path) -> None:
         (tmp_path / "commands" / "cmd_gone.1").mkdir()
     async with open_ledger(tmp_path):
         assert list((tmp_path / "commands").iterdir()) == [directory]
+
+
+async def test_directories_are_removed_in_a_thread_and_a_proof_not_before_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: queue.SimpleQueue[tuple[Path, bool, bool]] = queue.SimpleQueue()
+
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        is_recorded = b'"never_ran"' in (tmp_path / "ledger.0").read_bytes()
+        removed.put((path, threading.current_thread() is threading.main_thread(), is_recorded))
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    async with open_ledger(tmp_path) as opened:
+        stored = await opened.add_started("cmd_stored")
+        opened.ledger.finish(stored, make_ending("cmd_stored"))
+        opened.ledger.note_stored("cmd_stored")
+        again = await opened.add_started("cmd_again", started_at=None)
+        proof = opened.ledger.directory_of(again)
+        opened.ledger.record_never_ran(again)
+        await opened.add()  # is on disk after it
+        directory = opened.ledger.directory_of(stored)
+        assert await asyncio.to_thread(removed.get, timeout=5) == (directory, False, False)
+        assert await asyncio.to_thread(removed.get, timeout=5) == (proof, False, True)
 
 
 async def test_output_is_told_again_from_what_the_server_has(tmp_path: Path) -> None:
