@@ -40,9 +40,6 @@ MAX_HELD_COMMANDS: Final = 256
 GRACE_SECONDS: Final = 2.0
 """Between SIGTERM and SIGKILL."""
 
-STOP_SECONDS: Final = 10.0
-"""How long the agent's removal waits for all commands to be stopped."""
-
 TURN_SECONDS: Final = 5.0
 """How long a command whose runner is slow to come up keeps those behind it from starting before it."""
 
@@ -286,7 +283,7 @@ class Commands:
             else:
                 run.stop("stop interrupted")
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(runners.STOP_SECONDS):
                 await self._is_idle.wait()
         except TimeoutError:
             _log.error("commands still run: %s", ", ".join(self._runs))
@@ -384,7 +381,6 @@ class Commands:
             environment={**self._environment, COMMAND_ID_VARIABLE: entry.command_id},
             timeout_seconds=entry.offer.timeout_seconds,
             grace_seconds=self._grace_seconds,
-            has_control_group=True,
             head_segments=HEAD_SEGMENTS,
             waiting_segments=WAITING_SEGMENTS,
         )

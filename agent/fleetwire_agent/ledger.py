@@ -19,9 +19,8 @@ from typing import Any, Final, Literal, TypeAlias, cast
 
 from fleetwire_agent.command_states import Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
-from fleetwire_agent.runner.files import keep_reserve
+from fleetwire_agent.runner.files import COMMANDS, keep_reserve
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
-from fleetwire_agent.runners import COMMANDS
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.errors import ConflictError, ProtocolError, UnavailableError
 from fleetwire_shared.limits import COMMAND_PREVIEW_CHARACTERS, OUTPUT_WINDOW_BYTES
@@ -469,7 +468,7 @@ class Ledger:
             gone = starts if entry.state is State.FINISHED else starts[:-1]
             remove_segments(str(entry.directory), gone)
             _log.warning(
-                "the server has been away for long: output of %s is dropped, as %d bytes of it wait on disk",
+                "the server has been away for long: output of %s is dropped, as %d bytes of all commands wait on disk",
                 entry.command_id,
                 waiting_bytes,
             )

@@ -75,7 +75,7 @@ class LedgerFile:
             if os.fstat(descriptor).st_size < self._size_bytes:
                 os.posix_fallocate(descriptor, 0, self._size_bytes)
                 os.fsync(descriptor)
-        sync_directory(str(self._directory))
+        sync_directory(self._directory)
         contents = [os.pread(descriptor, os.fstat(descriptor).st_size, 0) for descriptor in self._descriptors]
         generations = [_read_generation(content) for content in contents]
         self._generation = max(generations)

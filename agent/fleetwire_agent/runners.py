@@ -24,10 +24,7 @@ DISMISS_SECONDS: Final = 5.0
 """How long an agent waits for a runner that is not to start its command any more."""
 
 STOP_SECONDS: Final = 10.0
-"""How long an uninstallation waits for commands to be stopped."""
-
-COMMANDS: Final = "commands"
-"""Of the state directory: one directory for each command."""
+"""How long the agent's removal waits for all commands to be stopped."""
 
 MAX_TASKS: Final = 4096
 """Processes and threads of one command in its unit: what a fork bomb can become."""

@@ -604,7 +604,6 @@ def make_order(command: str) -> files.Order:
         environment={"PATH": os.environ["PATH"]},
         timeout_seconds=10.0,
         grace_seconds=0.5,
-        has_control_group=False,
         head_segments=16,
         waiting_segments=8,
     )

@@ -28,7 +28,8 @@ from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Plain, Service, make_service, read_supervisor
 from fleetwire_agent.install.texts import find_state_directory
 from fleetwire_agent.install.users import is_our_user, remove_user
-from fleetwire_agent.runners import COMMANDS, stop_commands
+from fleetwire_agent.runner.files import COMMANDS
+from fleetwire_agent.runners import stop_commands
 from fleetwire_agent.version import program_root
 from fleetwire_shared.errors import ConflictError, UnavailableError
 

@@ -7,6 +7,9 @@ import struct
 import zlib
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
+COMMANDS: Final = "commands"
+"""Of the agent's state directory: one directory for each command."""
+
 ORDER: Final = "order.json"
 CLAIM: Final = "claim"
 """Made by whoever is first: by the runner when it is about to start the shell, or by an agent that wants to be sure
@@ -44,7 +47,6 @@ class Order(NamedTuple):
     environment: dict[str, str]
     timeout_seconds: float
     grace_seconds: float  # between SIGTERM and SIGKILL
-    has_control_group: bool  # below the runner's own, where the host has those of version 2
     head_segments: int  # of the output these are kept, and as many of the newest
     waiting_segments: int  # where the agent is connected and so many wait for it, the command waits, too
 

@@ -356,7 +356,7 @@ def _run(directory: str) -> int:
     tell_ready = _become_daemon() if "NOTIFY_SOCKET" not in os.environ else _notify_manager
     try:
         order = read_order(".")
-        path = choose_control_group(order.command_id) if order.has_control_group else None
+        path = choose_control_group(order.command_id)
         traces = Traces(os.getpid(), path, shell=None)
         try:
             result = allocate_result(".")
