@@ -5,6 +5,7 @@ import asyncio
 import logging
 import shutil
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Entry, Ledger
 from fleetwire_agent.process_table import COMMAND_ID_VARIABLE
 from fleetwire_agent.runner import files
-from fleetwire_agent.runner.spool import SpoolReader
+from fleetwire_agent.runner.spool import SpoolReader, Stream
 from fleetwire_agent.runners import Launcher, RunnerLink
 from fleetwire_shared.errors import UnavailableError
 from fleetwire_shared.limits import MAX_COMMANDS_AT_ONCE
@@ -39,9 +40,6 @@ MAX_HELD_COMMANDS: Final = 256
 GRACE_SECONDS: Final = 2.0
 """Between SIGTERM and SIGKILL."""
 
-STOP_SECONDS: Final = 10.0
-"""How long the agent's removal waits for all commands to be stopped."""
-
 TURN_SECONDS: Final = 5.0
 """How long a command whose runner is slow to come up keeps those behind it from starting before it."""
 
@@ -54,7 +52,9 @@ MONITOR_RUNS_NOTHING: Final = (
     " install it with --profile manage to allow them"
 )
 
+_NOTHING: Final[Mapping[Stream, int]] = {"stdout": 0, "stderr": 0}
 _EXPIRY_ROUND_SECONDS: Final = 1.0
+_CONNECT_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
 _RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
 _LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
@@ -287,7 +287,7 @@ class Commands:
             else:
                 run.stop("stop interrupted")
         try:
-            async with asyncio.timeout(STOP_SECONDS):
+            async with asyncio.timeout(runners.STOP_SECONDS):
                 await self._is_idle.wait()
         except TimeoutError:
             _log.error("commands still run: %s", ", ".join(self._runs))
@@ -387,7 +387,6 @@ class Commands:
             environment={**self._environment, COMMAND_ID_VARIABLE: entry.command_id},
             timeout_seconds=entry.offer.timeout_seconds,
             grace_seconds=self._grace_seconds,
-            has_control_group=True,
             head_segments=HEAD_SEGMENTS,
             waiting_segments=WAITING_SEGMENTS,
         )
@@ -396,18 +395,28 @@ class Commands:
 
     def _fail(self, entry: Entry, problem: str) -> None:
         if entry.state is State.ACCEPTED:
-            self._ledger.finish(entry, self._build_ending(entry, "failed", error=problem))
+            self._ledger.finish(entry, self._build_ending(entry, "failed", error=problem, written=_NOTHING))
 
     async def _find_again(self, run: _Run) -> None:
         """Go on with a command that an earlier agent started, or was about to."""
         directory = self._ledger.directory_of(run.entry)
         run.is_prepared.set()
         if run.entry.started_boot_id in (self._ledger.boot_id, None):
-            try:
-                run.link = runners.connect(directory)
-            except OSError as err:
-                _log.error("whether %s still runs cannot be seen: %s", run.entry.command_id, err)
+            run.link = await self._connect_again(run.entry, directory)
         await self._watch(run, directory)
+
+    async def _connect_again(self, entry: Entry, directory: Path) -> RunnerLink | None:
+        """Return a link to the runner, None when it has ended: what cannot be told now is asked until it can, as a
+        runner that is taken for dead has its command killed."""
+        is_told = False
+        while True:
+            try:
+                return runners.connect(directory)
+            except OSError as err:
+                if not is_told:
+                    _log.error("whether %s still runs cannot be seen, and is tried again: %s", entry.command_id, err)
+                is_told = True
+            await asyncio.sleep(_CONNECT_ROUND_SECONDS)
 
     def _may_be_of_this_boot(self, entry: Entry) -> bool:
         """Whether what it started may still run. Where the ledger has lost the start, the acceptance counts."""
@@ -459,7 +468,8 @@ class Commands:
                 await runners.kill_leftovers(directory)
         if result is None:
             _log.warning("%s is interrupted: %s", entry.command_id, error)
-            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error))
+            written = await asyncio.to_thread(_count_output, entry)
+            self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error, written=written))
             return
         self._ledger.finish(entry, _ending_from(entry, result))
 
@@ -479,11 +489,12 @@ class Commands:
         elif problem or entry.attempt > MAX_ATTEMPTS:
             self._fail(entry, f"the command could not be started: {problem or 'its runner does not come up'}")
         elif not self._is_stopping:
-            self._waiting.appendleft(entry)
+            insort(self._waiting, entry, key=lambda each: each.number)
 
-    def _build_ending(self, entry: Entry, status: Literal["failed", "interrupted"], *, error: str) -> CommandFinished:
-        """Return the end of a command that left no result; of its output only what the disk shows is known."""
-        written = _count_output(entry)
+    def _build_ending(
+        self, entry: Entry, status: Literal["failed", "interrupted"], *, error: str, written: Mapping[Stream, int]
+    ) -> CommandFinished:
+        """Return the end of a command that left no result."""
         return CommandFinished(
             command_id=entry.command_id,
             status=status,
@@ -508,8 +519,9 @@ def _write_order(directory: Path, order: files.Order) -> None:
         files.write_order(str(directory), order)
 
 
-def _count_output(entry: Entry) -> dict[str, int]:
-    written = {"stdout": 0, "stderr": 0}
+def _count_output(entry: Entry) -> dict[Stream, int]:
+    """Return what the disk shows of a command that left no result. Blocking."""
+    written = dict(_NOTHING)
     if entry.directory is not None and entry.directory.is_dir():
         reader = SpoolReader(str(entry.directory))
         try:

@@ -14,14 +14,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
 from fleetwire_agent.command_states import Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
-from fleetwire_agent.runner.files import keep_reserve
+from fleetwire_agent.runner.files import COMMANDS, keep_reserve
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
-from fleetwire_agent.runners import COMMANDS, is_command_id, is_own_directory
+from fleetwire_agent.runners import is_command_id, is_own_directory
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.errors import ConflictError, ProtocolError, UnavailableError
 from fleetwire_shared.limits import COMMAND_PREVIEW_CHARACTERS, OUTPUT_WINDOW_BYTES
@@ -57,6 +58,7 @@ class Entry:
     boot_id: str  # of the boot in which it was accepted
     expires_at: float  # Unix seconds by this host's clock; counts after a reboot
     expires_boottime: float  # seconds of CLOCK_BOOTTIME; counts within one boot, whatever is done to the clock
+    number: int  # in the order in which this ledger's commands were accepted
     state: State = State.ACCEPTED
     attempt: int = 1  # its directory's; a new one after it is proved that the last one did not start the shell
     started_boot_id: str | None = None  # of the boot in which it was last about to start; None: never, or not known
@@ -172,6 +174,7 @@ class Ledger:
         self._entries: dict[str, Entry] = {}
         self._endings: OrderedDict[str, Ending] = OrderedDict()
         self._answers: list[Ending] = []  # to be told once
+        self._accepted_count = 0
 
     # ------------------------------------------------------------ opening
 
@@ -200,6 +203,7 @@ class Ledger:
             entry.is_on_disk = entry.is_accepted_sent = True
             entry.is_ending_on_disk = entry.ending is not None
             self._find_output(entry)
+        self._keep_quota()  # what ran on without an agent kept only its own
         self._remove_strays()
         self._update_reported()
         return [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
@@ -244,9 +248,7 @@ class Ledger:
                 offer = cast(CommandOffer, decode(record["offer"], FROM_SERVER))
                 if not is_command_id(offer.command_id):
                     raise ValueError(f"{offer.command_id[:50]!r} is no command's id")
-                self._entries[offer.command_id] = Entry(
-                    offer, record["boot_id"], record["expires_at"], record["expires_boottime"]
-                )
+                self._hold(offer, record["boot_id"], record["expires_at"], record["expires_boottime"])
             case "starting" if entry:
                 entry.state, entry.attempt, entry.started_boot_id = (
                     State.STARTING,
@@ -265,8 +267,10 @@ class Ledger:
                     self._remember(entry.ending)
             case "ended":
                 self._remember(_decode_ending(record["ending"]))
-            case _:  # of a command that is over, or of a newer agent
+            case "starting" | "never_ran" | "running" | "finished" | "stored":  # of a command that is over
                 pass
+            case kind:  # of a newer agent: it may say that a command was started
+                raise ValueError(f"kind {kind!r} is not known")
 
     def _list_live(self) -> Iterator[bytes]:
         """Return the records that make up the present state."""
@@ -321,13 +325,8 @@ class Ledger:
 
     def add(self, offer: CommandOffer) -> tuple[Entry, "asyncio.Future[None]"]:
         """Hold a command; the future is done when that is on disk, and raises OSError when it cannot be."""
-        entry = Entry(
-            offer,
-            self.boot_id,
-            expires_at=self._now() + offer.remaining_seconds,
-            expires_boottime=self._boottime() + offer.remaining_seconds,
-        )
-        self._entries[offer.command_id] = entry
+        seconds = offer.remaining_seconds
+        entry = self._hold(offer, self.boot_id, self._now() + seconds, self._boottime() + seconds)
         saved = self._append(_accepted(entry))
 
         def note(saved: "asyncio.Future[None]") -> None:
@@ -337,6 +336,12 @@ class Ledger:
 
         saved.add_done_callback(note)
         return entry, saved
+
+    def _hold(self, offer: CommandOffer, boot_id: str, expires_at: float, expires_boottime: float) -> Entry:
+        self._accepted_count += 1
+        entry = Entry(offer, boot_id, expires_at, expires_boottime, number=self._accepted_count)
+        self._entries[offer.command_id] = entry
+        return entry
 
     def drop(self, entry: Entry) -> None:
         """Forget a command whose acceptance could not be written: nobody was told of it."""
@@ -373,7 +378,7 @@ class Ledger:
 
         def note(saved: "asyncio.Future[None]") -> None:
             if saved.exception() is None:
-                shutil.rmtree(proof, ignore_errors=True)
+                _remove_soon(proof)
 
         saved.add_done_callback(note)
 
@@ -425,7 +430,10 @@ class Ledger:
             return False
         entry.stored_position = position
         self.news.set()
-        return entry.output is not None and entry.output.drop_before(position)
+        if entry.output is None or entry.directory is None or not entry.output.drop_before(position):
+            return False
+        entry.spool_bytes = _measure(entry.directory)
+        return True
 
     def note_stored(self, command_id: str) -> None:
         entry = self._entries.get(command_id)
@@ -455,16 +463,15 @@ class Ledger:
         if entry.directory is None:
             return
         entry.spool_bytes = _measure(entry.directory)
-        excess_bytes = sum(each.spool_bytes for each in self._entries.values()) - self._spool_bytes
-        if excess_bytes > 0:
-            self._drop_output(excess_bytes)
+        self._keep_quota()
 
-    def _drop_output(self, excess_bytes: int) -> None:
+    def _keep_quota(self) -> None:
         """Remove output the server has not, of what ended longest ago first, then of what has most; the gap tells."""
+        waiting_bytes = sum(entry.spool_bytes for entry in self._entries.values())
         ended = [entry for entry in self._entries.values() if entry.state is State.FINISHED]
         running = [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
         for entry in [*sorted(ended, key=_ended_at), *sorted(running, key=lambda entry: -entry.spool_bytes)]:
-            if excess_bytes <= 0:
+            if waiting_bytes <= self._spool_bytes:
                 return
             if entry.directory is None or not entry.spool_bytes:
                 continue
@@ -472,17 +479,17 @@ class Ledger:
             gone = starts if entry.state is State.FINISHED else starts[:-1]
             remove_segments(str(entry.directory), gone)
             _log.warning(
-                "the server has been away for long: output of %s is dropped, as %d bytes of it wait on disk",
+                "the server has been away for long: output of %s is dropped, as %d bytes of all commands wait on disk",
                 entry.command_id,
-                self._spool_bytes,
+                waiting_bytes,
             )
             left_bytes = _measure(entry.directory)
-            excess_bytes -= entry.spool_bytes - left_bytes
+            waiting_bytes -= entry.spool_bytes - left_bytes
             entry.spool_bytes = left_bytes
 
     def _forget_directory(self, entry: Entry) -> None:
         self._close_output(entry)
-        shutil.rmtree(self.directory_of(entry), ignore_errors=True)
+        _remove_soon(self.directory_of(entry))
 
     def _close_output(self, entry: Entry) -> None:
         if entry.output is not None:
@@ -522,6 +529,11 @@ class Ledger:
             self.is_reported.clear()
         else:
             self.is_reported.set()
+
+
+def _remove_soon(directory: Path) -> None:
+    """Remove a directory in a thread: 32 MiB take a disk a while. What a kill leaves of it the next agent removes."""
+    asyncio.get_running_loop().run_in_executor(None, partial(shutil.rmtree, directory, ignore_errors=True))
 
 
 def _measure(directory: Path) -> int:

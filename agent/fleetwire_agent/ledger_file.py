@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fleetwire_agent.runner.files import sync_directory
+from fleetwire_agent.runner.files import sync_directory, write_all
 
 FILE_BYTES: Final = 4 * 1024 * 1024
 NAMES: Final = ("ledger.0", "ledger.1")
@@ -79,7 +79,7 @@ class LedgerFile:
             if os.fstat(descriptor).st_size < self._size_bytes:
                 os.posix_fallocate(descriptor, 0, self._size_bytes)
                 os.fsync(descriptor)
-        sync_directory(str(self._directory))
+        sync_directory(self._directory)
         contents = [os.pread(descriptor, os.fstat(descriptor).st_size, 0) for descriptor in self._descriptors]
         generations = [_read_generation(content) for content in contents]
         self._generation = max(generations)
@@ -100,7 +100,7 @@ class LedgerFile:
         for descriptor in self._descriptors:  # frames under a damaged header may be of generation 1, too
             os.ftruncate(descriptor, 0)
             os.posix_fallocate(descriptor, 0, self._size_bytes)
-        os.pwrite(self._descriptors[0], _build_header(1), 0)
+        write_all(self._descriptors[0], _build_header(1), 0)
         os.fdatasync(self._descriptors[0])
 
     def close(self) -> None:
@@ -187,7 +187,7 @@ class LedgerFile:
             if job.is_whole:
                 self._write_whole(job.content)
             elif job.content:
-                os.pwrite(self._descriptors[self._written_active], job.content, self._written_at)
+                write_all(self._descriptors[self._written_active], job.content, self._written_at)
                 self._written_at += len(job.content)
         if is_durable:
             os.fdatasync(self._descriptors[self._written_active])
@@ -198,12 +198,12 @@ class LedgerFile:
         descriptor = self._descriptors[other]
         if os.fstat(descriptor).st_size < 2 * len(content):
             os.posix_fallocate(descriptor, 0, 2 * len(content))
-        os.pwrite(descriptor, bytes(_HEADER.size) + content[_HEADER.size :], 0)
+        write_all(descriptor, bytes(_HEADER.size) + content[_HEADER.size :], 0)
         os.fsync(descriptor)
-        os.pwrite(descriptor, content[: _HEADER.size], 0)
+        write_all(descriptor, content[: _HEADER.size], 0)
         os.fdatasync(descriptor)
         # Not to be taken for the present, should the new header ever be damaged.
-        os.pwrite(self._descriptors[self._written_active], bytes(_HEADER.size), 0)
+        write_all(self._descriptors[self._written_active], bytes(_HEADER.size), 0)
         self._written_active, self._written_at = other, len(content)
 
 

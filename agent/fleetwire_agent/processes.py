@@ -1,25 +1,21 @@
 """The agent's own children (journalctl, systemctl, runners): started without a thread each, reaped in one place, killed
-with all that they started.
+with their descendants and sessions.
 
 The agent is a child subreaper, so whatever they start stays its descendant: an orphan is adopted by the agent and never
-by init. That is what makes "nothing is left running" provable."""
+by init. One that left the session of its parents before they ended is a daemon by its own will, and lives on."""
 
 import asyncio
-import fcntl
 import logging
 import os
 import signal
 import subprocess
-import termios
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
 from fleetwire_agent.process_table import (
-    COMMAND_ID_VARIABLE,
     REAPED_AT_ONCE,
     Family,
     ProcessRow,
@@ -60,14 +56,6 @@ class Pipe:
                 await self._wait_until_readable(self._descriptor)
         return b""
 
-    def read_rest(self) -> bytes:
-        """Return what is in the pipe now, without waiting."""
-        if self._descriptor is None:
-            return b""
-        available = array("i", [0])
-        fcntl.ioctl(self._descriptor, termios.FIONREAD, available)
-        return os.read(self._descriptor, available[0]) if available[0] else b""
-
     async def _wait_until_readable(self, descriptor: int) -> None:
         loop = asyncio.get_running_loop()
         self._waiter = loop.create_future()
@@ -97,11 +85,10 @@ class Pipe:
 class Process:
     """A child in a session of its own. Made by `Spawner.spawn`; whoever spawned it closes it."""
 
-    def __init__(self, pid: int, stdout: Pipe, stderr: Pipe, *, command_id: str | None) -> None:
+    def __init__(self, pid: int, stdout: Pipe, stderr: Pipe) -> None:
         self.pid = pid
         self.stdout = stdout
         self.stderr = stderr
-        self.command_id = command_id
         # Gone already: its session may have members still, and no process starts at -1.
         self.row = read_process(pid) or ProcessRow(pid, parent_pid=0, session_id=pid, start_ticks=-1)
         self._exited = asyncio.Event()
@@ -114,7 +101,7 @@ class Process:
 
     async def kill(self) -> None:
         """Kill the child and all it started: SIGTERM, after the grace SIGKILL, until none is left."""
-        await kill_processes([self])
+        await kill_process(self)
 
     def close(self) -> None:
         """Close both pipes. The process may live on."""
@@ -185,9 +172,7 @@ class Spawner:
             os.close(stdout_write)
             os.close(stderr_write)
         child.returncode = 0  # the reaper owns the child from here: Popen must never wait for this pid itself
-        process = Process(
-            child.pid, Pipe(stdout_read), Pipe(stderr_read), command_id=environment.get(COMMAND_ID_VARIABLE)
-        )
+        process = Process(child.pid, Pipe(stdout_read), Pipe(stderr_read))
         self._processes[process.pid] = process
         return process
 
@@ -229,12 +214,12 @@ class Spawner:
 # ---------------------------------------------------------------- killing
 
 
-async def kill_processes(processes: Iterable[Process], *, grace_seconds: float = KILL_GRACE_SECONDS) -> list[int]:
-    """Kill these processes and all they started: SIGTERM, after the grace SIGKILL, until a scan finds none.
+async def kill_process(process: Process, *, grace_seconds: float = KILL_GRACE_SECONDS) -> list[int]:
+    """Kill a process, its descendants and their sessions: SIGTERM, after the grace SIGKILL, until a scan finds none.
 
     Returns:
         The pids that even SIGKILL did not end within 5 s; empty in all but the strangest cases."""
-    family = _family_of(processes)
+    family = Family([process.row], within=os.getpid())
     kill_at = time.monotonic() + grace_seconds
     told: set[tuple[int, int]] = set()
     delay_seconds = _FIRST_SCAN_DELAY_SECONDS
@@ -256,13 +241,6 @@ async def kill_processes(processes: Iterable[Process], *, grace_seconds: float =
         await asyncio.sleep(delay_seconds)
         delay_seconds = min(delay_seconds * 2, _LONGEST_SCAN_DELAY_SECONDS)
     return []
-
-
-def _family_of(processes: Iterable[Process]) -> Family:
-    processes = tuple(processes)
-    roots = [process.row for process in processes]
-    ids = [process.command_id for process in processes if process.command_id is not None]
-    return Family(roots, variables=[f"{COMMAND_ID_VARIABLE}={each}" for each in ids], within=os.getpid())
 
 
 async def read_output(

@@ -31,9 +31,6 @@ STOP_SECONDS: Final = 10.0
 END_COMMANDS: Final = signal.SIGUSR1
 """Has an agent end all its commands and take no more, as it will be stopped for good; it runs on to tell of them."""
 
-COMMANDS: Final = "commands"
-"""Of the state directory: one directory for each command."""
-
 _COMMAND_ID: Final = re.compile(r"cmd_[0-9a-z_]{1,60}", re.ASCII)
 """Wider than what servers give, so that a later one may give others."""
 
@@ -53,6 +50,7 @@ _OOM_POLICY_SYSTEMD: Final = (
 )
 _SYSTEMD: Final = Path("/run/systemd/system")
 _MAX_WORD_BYTES: Final = 200
+_CONNECT_DELAY_SECONDS: Final = 0.1
 _KILL_ROUNDS: Final = 20
 _KILL_DELAY_SECONDS: Final = 0.05
 
@@ -180,19 +178,26 @@ class RunnerLink:
 
 
 def connect(directory: Path) -> RunnerLink | None:
-    """Return a link to the runner of the directory, None when none listens there. Raises OSError: nobody can tell."""
+    """Return a link to the runner of the directory, None when none listens there.
+
+    Raises:
+        OSError: nobody can tell, as where too many have connected to a runner that is stopped, or memory is short."""
     try:
         place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    peer.setblocking(False)
     try:
-        # The path of a socket holds 107 bytes: too few for some state directories.
-        peer.connect(f"/proc/self/fd/{place}/{files.SOCKET}")
-    except OSError:
-        peer.close()
-        return None
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            peer.setblocking(False)
+            # The path of a socket holds 107 bytes: too few for some state directories.
+            peer.connect(f"/proc/self/fd/{place}/{files.SOCKET}")
+        except (FileNotFoundError, ConnectionRefusedError):
+            peer.close()
+            return None
+        except OSError:
+            peer.close()
+            raise
     finally:
         os.close(place)
     return RunnerLink(peer)
@@ -223,14 +228,27 @@ def stop_commands(directory: Path, *, seconds: float = STOP_SECONDS) -> list[str
     agent is stopped: a runner listens to who came last."""
     if not is_own_directory(directory):
         return []
-    links = {path.name: link for path in directory.iterdir() if (link := connect(path)) is not None}
     deadline = time.monotonic() + seconds
+    places = [path for path in directory.iterdir() if path.is_dir()]
+    links = {path.name: link for path in places if (link := _connect_until(deadline, path)) is not None}
     for link in links.values():
         link.send("stop interrupted")
     left = [name for name, link in links.items() if not link.wait_for_end(deadline)]
     for link in links.values():
         link.close()
     return left
+
+
+def _connect_until(deadline: float, directory: Path) -> RunnerLink | None:
+    """As `connect`, but for as long as nobody can tell it tries again, until the deadline. Blocking."""
+    while True:
+        try:
+            return connect(directory)
+        except OSError as err:
+            if time.monotonic() >= deadline:
+                _log.error("whether the command in %s still runs cannot be seen: %s", directory, err)
+                return None
+        time.sleep(_CONNECT_DELAY_SECONDS)
 
 
 async def dismiss(directory: Path) -> None:

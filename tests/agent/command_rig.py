@@ -30,11 +30,11 @@ def make_offer(
 
 
 @contextmanager
-def no_room() -> Iterator[None]:
-    """While this holds, the disk takes no byte of this process."""
+def no_room(*, after_bytes: int = 1) -> Iterator[None]:
+    """While this holds, no file takes a byte of this process beyond its first so many."""
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after_bytes, hard))
     try:
         yield
     finally:

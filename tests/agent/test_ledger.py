@@ -3,6 +3,9 @@
 import asyncio
 import json
 import os
+import queue
+import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -255,6 +258,23 @@ def build_record(offer: CommandOffer) -> bytes:
     return json.dumps({"record": "accepted", "offer": encode(offer), **times}).encode()
 
 
+async def test_a_record_of_a_kind_that_only_a_newer_agent_knows_is_damage(tmp_path: Path) -> None:
+    """It may have said that the command was started."""
+    async with open_ledger(tmp_path) as opened:
+        opened.ledger.finish(await opened.add_started("cmd_over"), make_ending("cmd_over"))
+        opened.ledger.note_stored("cmd_over")
+        await opened.add("cmd_waiting")
+    known = (b"starting", b"never_ran", b"running", b"finished", b"stored")  # of a command that is over
+    await append_raw(tmp_path, *(b'{"record": "%s", "command_id": "cmd_over"}' % kind for kind in known))
+    async with open_ledger(tmp_path, new_instance_id="second") as opened:
+        assert opened.ledger.instance_id == "first"
+        assert [(entry.state, entry.started_boot_id) for entry in opened.found] == [(State.ACCEPTED, None)]
+    await append_raw(tmp_path, b'{"record": "launching", "command_id": "cmd_waiting"}')
+    async with open_ledger(tmp_path, new_instance_id="second") as opened:
+        assert opened.ledger.instance_id == "second"
+        assert [(entry.state, entry.started_boot_id) for entry in opened.found] == [(State.STARTING, None)]
+
+
 async def append_raw(directory: Path, *records: bytes) -> None:
     file = LedgerFile(directory, lambda: ())
     file.open()
@@ -413,6 +433,25 @@ async def test_the_quota_takes_the_oldest_ending_although_its_command_was_accept
         assert count(directories) == {"cmd_1": 1, "cmd_2": 0, "cmd_3": 1}
 
 
+async def test_the_quota_counts_what_is_on_disk_and_not_what_was(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with open_ledger(tmp_path, spool_bytes=5 * SEGMENT_BYTES) as opened:
+        directories = {}
+        for command_id in ("cmd_1", "cmd_2"):
+            entry = await opened.add_started(command_id)
+            directories[command_id] = await write_spool(opened, entry, segments=4)
+            opened.ledger.note_output(entry)
+            opened.ledger.note_output_stored("cmd_1", 4 * SEGMENT_BYTES)
+        assert count(directories) == {"cmd_1": 1, "cmd_2": 4}
+    assert not caplog.records
+    async with open_ledger(tmp_path, spool_bytes=3 * SEGMENT_BYTES):  # holds also what was written without an agent
+        assert count(directories) == {"cmd_1": 1, "cmd_2": 1}
+    [said] = [record.getMessage() for record in caplog.records]
+    waiting_bytes = int(said.split(" dropped, as ")[1].split()[0])
+    assert 4.9 * SEGMENT_BYTES < waiting_bytes <= 5 * SEGMENT_BYTES
+
+
 def count(directories: dict[str, Path]) -> dict[str, int]:
     return {command_id: len(list_segments(str(directory))) for command_id, directory in directories.items()}
 
@@ -424,6 +463,29 @@ async def test_directories_of_no_command_are_removed(tmp_path: Path) -> None:
         (tmp_path / "commands" / "cmd_gone.1").mkdir()
     async with open_ledger(tmp_path):
         assert list((tmp_path / "commands").iterdir()) == [directory]
+
+
+async def test_directories_are_removed_in_a_thread_and_a_proof_not_before_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: queue.SimpleQueue[tuple[Path, bool, bool]] = queue.SimpleQueue()
+
+    def remove(path: Path, *, ignore_errors: bool) -> None:
+        is_recorded = b'"never_ran"' in (tmp_path / "ledger.0").read_bytes()
+        removed.put((path, threading.current_thread() is threading.main_thread(), is_recorded))
+
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    async with open_ledger(tmp_path) as opened:
+        stored = await opened.add_started("cmd_stored")
+        opened.ledger.finish(stored, make_ending("cmd_stored"))
+        opened.ledger.note_stored("cmd_stored")
+        again = await opened.add_started("cmd_again", started_at=None)
+        proof = opened.ledger.directory_of(again)
+        opened.ledger.record_never_ran(again)
+        await opened.add()  # is on disk after it
+        directory = opened.ledger.directory_of(stored)
+        assert await asyncio.to_thread(removed.get, timeout=5) == (directory, False, False)
+        assert await asyncio.to_thread(removed.get, timeout=5) == (proof, False, True)
 
 
 async def test_output_is_told_again_from_what_the_server_has(tmp_path: Path) -> None:

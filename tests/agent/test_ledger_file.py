@@ -206,9 +206,22 @@ async def test_what_follows_a_failed_write_is_read_back(tmp_path: Path) -> None:
     assert read_back(tmp_path) == ([b"kept", b"after", b"and on"], False)
 
 
-async def fail_once(file: LedgerFile, record: bytes) -> None:
-    """Append a record that the disk does not take."""
-    with no_room(), pytest.raises(OSError, match="File too large"):
+async def test_a_record_of_which_the_disk_takes_a_part_is_not_on_it(tmp_path: Path) -> None:
+    live = [b"kept"]
+    file = LedgerFile(tmp_path, lambda: live)
+    file.open()
+    async with asyncio.timeout(5):
+        await file.append(b"kept")
+        await fail_once(file, b"x" * 1000, after_bytes=HEADER_BYTES + FRAME_BYTES + len(b"kept") + 500)
+        live.append(b"after")
+        await file.append(b"after")
+    file.close()
+    assert read_back(tmp_path) == ([b"kept", b"after"], False)
+
+
+async def fail_once(file: LedgerFile, record: bytes, *, after_bytes: int = 1) -> None:
+    """Append a record that the disk does not take, or only up to a place."""
+    with no_room(after_bytes=after_bytes), pytest.raises(OSError, match="File too large"):
         await file.append(record)
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 
 from fleetwire_agent.process_table import (
-    COMMAND_ID_VARIABLE,
     REAPED_AT_ONCE,
     Family,
     ProcessRow,
     descendants_of,
     read_process,
 )
-from fleetwire_agent.processes import Pipe, Spawner, kill_processes
+from fleetwire_agent.processes import Pipe, Spawner, kill_process
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -114,11 +113,11 @@ async def test_closing_a_pipe_ends_a_waiting_read(spawner: Spawner) -> None:
 
 async def assert_kill_leaves_nothing(spawner: Spawner, script: str, *, grace_seconds: float = 0.2) -> None:
     """The script prints the pid of a process it started; it and the script must be gone after the kill."""
-    process = spawner.spawn(["sh", "-c", script], env={COMMAND_ID_VARIABLE: "cmd_test"})
+    process = spawner.spawn(["sh", "-c", script])
     async with asyncio.timeout(10):
         pid = await read_pid(process.stdout)
         assert read_process(pid)
-        assert await kill_processes([process], grace_seconds=grace_seconds) == []
+        assert await kill_process(process, grace_seconds=grace_seconds) == []
         await process.wait()
     assert read_process(pid) is None
     process.close()
@@ -136,10 +135,8 @@ async def test_kill_ends_a_stopped_child_by_sigterm(spawner: Spawner) -> None:
     await assert_kill_leaves_nothing(spawner, "sh -c 'echo $$; kill -STOP $$; sleep 600'", grace_seconds=5)
 
 
-async def test_kill_ends_an_orphan_whose_parents_are_gone(spawner: Spawner) -> None:
-    process = spawner.spawn(
-        ["sh", "-c", "(setsid sh -c 'echo $$; exec sleep 600' &) ; exit 0"], env={COMMAND_ID_VARIABLE: "cmd_test"}
-    )
+async def test_an_orphan_is_adopted_and_killed_while_it_is_in_the_session(spawner: Spawner) -> None:
+    process = spawner.spawn(["sh", "-c", "(sh -c 'echo $$; exec sleep 600' &) ; exit 0"])
     async with asyncio.timeout(10):
         pid = await read_pid(process.stdout)
         await process.wait()
@@ -156,7 +153,7 @@ async def test_kill_ends_a_descendant_that_dropped_session_and_environment(spawn
 
 
 async def test_kill_leaves_other_commands_alone(spawner: Spawner) -> None:
-    bystander = spawner.spawn(["sleep", "600"], env={COMMAND_ID_VARIABLE: "cmd_other"})
+    bystander = spawner.spawn(["sleep", "600"])
     await assert_kill_leaves_nothing(spawner, "echo $$; sleep 600")
     assert read_process(bystander.pid)
     async with asyncio.timeout(5):

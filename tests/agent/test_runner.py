@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tests.agent.command_rig import Rig, make_offer, open_rig
+from tests.agent.command_rig import Rig, make_offer, no_room, open_rig
 from tests.support.commands import living_pids
 
 from fleetwire_agent.command_states import State
@@ -26,8 +26,10 @@ from fleetwire_agent.runner import files
 from fleetwire_agent.runner.control_group import choose_control_group, make_control_group
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, SEGMENT_BYTES, Piece, SpoolReader, SpoolWriter, list_segments
 from fleetwire_agent.runner.stop import describe_survivors, read_command_line
+from fleetwire_agent.runner.supervisor import AgentLink, await_go
 from fleetwire_agent.runners import (
     Launcher,
+    RunnerLink,
     connect,
     dismiss,
     kill_leftovers,
@@ -132,6 +134,55 @@ async def test_what_waited_when_the_agent_was_killed_runs_once_in_order(tmp_path
         for number in (1, 2, 3):
             assert (await rig.result_of(f"cmd_{number}")).status == "succeeded"
     assert (tmp_path / "order").read_text() == "2\n3\n"
+
+
+async def test_a_command_whose_runner_cannot_be_reached_is_left_alone_until_it_can(tmp_path: Path) -> None:
+    state, gate = tmp_path / "state", tmp_path / "gate"
+    os.mkfifo(gate)
+    async with open_rig(state, is_killed=True) as rig:
+        rig.commands.offer(make_offer(f"echo $$; cat {gate}; exit 5"))
+        pid = await rig.first_line()
+        runner = find_runner(rig)
+        directory = rig.entry().directory
+        assert directory
+    os.kill(runner, signal.SIGSTOP)
+    links = fill_backlog(directory)
+    async with open_rig(state) as rig:
+        await asyncio.sleep(0.5)  # for whoever takes it for dead
+        assert read_process(pid)
+        assert rig.entry().state is State.RUNNING
+        os.kill(runner, signal.SIGCONT)
+        await asyncio.to_thread(gate.write_text, "")
+        assert (await rig.result_of()).exit_code == 5
+    for link in links:
+        link.close()
+
+
+def fill_backlog(directory: Path) -> list[RunnerLink]:
+    """Connect to a runner that is stopped, as often as it lets wait."""
+    links = []
+    with suppress(BlockingIOError):
+        while link := connect(directory):
+            links.append(link)
+    return links
+
+
+async def test_what_was_about_to_start_waits_again_in_the_order_of_acceptance(tmp_path: Path) -> None:
+    state, names = tmp_path / "state", [f"cmd_{number}" for number in range(6)]
+    ledger = Ledger(state, boot_id="boot", new_instance_id="instance")
+    ledger.open()
+    ledger.begin()
+    for name in names:
+        entry, saved = ledger.add(make_offer(f"echo {name} >> {tmp_path}/order", command_id=name))
+        await saved
+        files.write_order(str(ledger.directory_of(entry)), make_order("true"))
+        if name != names[-1]:
+            await ledger.record_starting(entry)
+    ledger.close()
+    async with open_rig(state, max_at_once=1) as rig:
+        for name in names:
+            assert (await rig.result_of(name)).status == "succeeded"
+    assert (tmp_path / "order").read_text().split() == names
 
 
 # ---------------------------------------------------------------- what is lost
@@ -240,6 +291,40 @@ async def test_a_runner_that_is_terminated_stops_its_command_and_says_so(tmp_pat
         assert result.status == "interrupted"
         assert result.error == "stopped by the service manager, as when the host shuts down"
         assert read_process(pid) is None
+
+
+@pytest.mark.parametrize("reason", ["SIGTERM", "removal"])
+async def test_a_shell_that_has_ended_counts_and_its_background_lives_whatever_ends_the_runner(
+    tmp_path: Path, reason: str
+) -> None:
+    async with open_rig(tmp_path) as rig:
+        rig.commands.offer(make_offer("sleep 600 & echo $!; exit 3"))  # holds the output for half a second
+        pid = await rig.first_line()
+        traces = files.read_traces(str(rig.entry().directory))
+        assert traces
+        assert traces.shell
+        await wait_until_gone(traces.shell[0])
+        if reason == "SIGTERM":
+            os.kill(traces.runner_pid, signal.SIGTERM)
+        else:
+            await rig.commands.stop()
+        result = await rig.result_of()
+        assert (result.status, result.exit_code, result.killed) == ("failed", 3, ())
+        assert read_process(pid)
+        os.kill(pid, signal.SIGKILL)
+
+
+async def test_a_command_begins_with_no_signal_ignored_or_blocked(tmp_path: Path) -> None:
+    ignored = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # of which a child's child is told nothing but that
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2])
+    try:
+        async with open_rig(tmp_path) as rig:
+            await rig.run("grep -E 'Sig(Ign|Blk)' /proc/self/status; trap 'echo trapped' INT HUP; kill -INT $$")
+            output = rig.output("stdout").decode().split()
+    finally:
+        signal.signal(signal.SIGUSR1, ignored)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    assert output == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16, "trapped"]
 
 
 async def test_a_command_of_another_boot_is_interrupted_and_not_run_again(tmp_path: Path) -> None:
@@ -447,6 +532,26 @@ async def test_a_runner_whose_agent_leaves_without_a_word_never_starts(tmp_path:
     assert not (tmp_path / "ran").exists()
 
 
+async def test_a_runner_waits_for_its_turn_as_long_as_its_agent_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    listener = AgentLink()
+    link = connect(tmp_path)
+    assert link
+    waiting = asyncio.create_task(  # noqa: TID251 - a runner of one's own
+        asyncio.to_thread(await_go, listener, is_terminated=lambda: False, alone_seconds=0.1)
+    )
+    await asyncio.sleep(1.5)
+    link.send("go")
+    assert await waiting
+    link.close()
+    listener.close()
+    listener = AgentLink()
+    assert not await asyncio.to_thread(await_go, listener, is_terminated=lambda: False, alone_seconds=0.1)
+    listener.close()
+
+
 @pytest.mark.parametrize("words", [["stop cancelled"], ["go", "stop interrupted"]])
 async def test_a_runner_that_is_told_to_stop_before_it_began_ends_at_once(tmp_path: Path, words: list[str]) -> None:
     directory = tmp_path / "command"
@@ -508,7 +613,6 @@ def make_order(command: str) -> files.Order:
         environment={"PATH": os.environ["PATH"]},
         timeout_seconds=10.0,
         grace_seconds=0.5,
-        has_control_group=False,
         head_segments=16,
         waiting_segments=8,
     )
@@ -638,6 +742,16 @@ def test_a_result_torn_at_any_byte_is_none(tmp_path: Path) -> None:
     for cut in range(len(whole.rstrip(b"\0"))):
         path.write_bytes(whole[:cut] + bytes(len(whole) - cut))
         assert files.read_result(str(directory)) is None, cut
+
+
+def test_a_result_of_which_the_disk_takes_a_part_is_an_error(tmp_path: Path) -> None:
+    descriptor = files.allocate_result(str(tmp_path))
+    with no_room(after_bytes=100), pytest.raises(OSError, match="File too large"):
+        files.write_result(descriptor, str(tmp_path), make_result(killed=3))
+    assert files.read_result(str(tmp_path)) is None
+    files.write_result(descriptor, str(tmp_path), make_result(killed=3))
+    os.close(descriptor)
+    assert files.read_result(str(tmp_path)) == make_result(killed=3)
 
 
 def test_a_result_that_is_too_large_lists_fewer_of_the_killed(tmp_path: Path) -> None:

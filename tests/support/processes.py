@@ -14,7 +14,8 @@ from typing import IO, Self
 
 from tests.support.hosts import Host
 
-from fleetwire_agent.runners import COMMANDS, stop_commands
+from fleetwire_agent.runner.files import COMMANDS
+from fleetwire_agent.runners import stop_commands
 
 _BIN = Path(sys.executable).parent  # where pip put our commands; not resolved: it is the environment that counts
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from fleetwire_agent.runner.files import sync_directory
+
 NEW_SUFFIX: Final = ".fleetwire-new"
 OLD_SUFFIX: Final = ".fleetwire-old"
 
@@ -171,15 +173,6 @@ def replace_link(path: Path, target: str) -> None:
     temporary.symlink_to(target)
     temporary.replace(path)
     sync_directory(path.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def pass_on(directory: Path, uid: int, gid: int) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Final
 
 from fleetwire_agent.install.services import Service, wait_until
-from fleetwire_agent.runners import COMMANDS, STOP_SECONDS, is_own_directory, list_running, stop_commands
+from fleetwire_agent.runner.files import COMMANDS
+from fleetwire_agent.runners import STOP_SECONDS, is_own_directory, list_running, stop_commands
 
 TELL_SECONDS: Final = 3.0
 """How long the server has to store what the agent tells; one that is away keeps nobody waiting for longer."""

@@ -7,6 +7,9 @@ import struct
 import zlib
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
+COMMANDS: Final = "commands"
+"""Of the agent's state directory: one directory for each command."""
+
 ORDER: Final = "order.json"
 CLAIM: Final = "claim"
 """Made by whoever is first: by the runner when it is about to start the shell, or by an agent that wants to be sure
@@ -44,7 +47,6 @@ class Order(NamedTuple):
     environment: dict[str, str]
     timeout_seconds: float
     grace_seconds: float  # between SIGTERM and SIGKILL
-    has_control_group: bool  # below the runner's own, where the host has those of version 2
     head_segments: int  # of the output these are kept, and as many of the newest
     waiting_segments: int  # where the agent is connected and so many wait for it, the command waits, too
 
@@ -136,8 +138,7 @@ def write_traces(directory: str, traces: Traces) -> None:
     content = json.dumps(traces._asdict()).encode().ljust(_TRACES_BYTES)
     descriptor = open_own(f"{directory}/{TRACES}", os.O_WRONLY | os.O_CREAT)
     try:
-        if os.pwrite(descriptor, content, 0) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_all(descriptor, content, 0)
     finally:
         os.close(descriptor)
 
@@ -167,7 +168,7 @@ def write_result(descriptor: int, directory: str, result: Result) -> None:
     while len(content) > MAX_RESULT_BYTES:
         result = result._replace(killed=result.killed[: len(result.killed) // 2])
         content = _encode(result)
-    os.pwrite(descriptor, _RESULT_HEADER.pack(_RESULT_MAGIC, len(content), zlib.crc32(content)) + content, 0)
+    write_all(descriptor, _RESULT_HEADER.pack(_RESULT_MAGIC, len(content), zlib.crc32(content)) + content, 0)
     os.fdatasync(descriptor)
     for path in (directory, f"{directory}/.."):
         sync_directory(path)
@@ -213,7 +214,17 @@ def _encode(result: Result) -> bytes:
     return json.dumps(result._asdict()).encode()
 
 
-def sync_directory(path: str) -> None:
+def write_all(descriptor: int, content: bytes, place: int) -> None:
+    """Write the whole of it: the kernel may take a part, as where the disk becomes full. Raises OSError."""
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(descriptor, rest, place)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rest, place = rest[written:], place + written
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
     """Make the names in a directory durable."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:

@@ -10,7 +10,9 @@ from typing import Final, NoReturn
 from fleetwire_agent.runner.control_group import ControlGroup
 from fleetwire_agent.runner.spool import MAX_PIECE_BYTES, Stream
 
-_RESET_SIGNALS: Final = (signal.SIGPIPE, signal.SIGTERM, signal.SIGCHLD, signal.SIGXFSZ)
+_RESET_SIGNALS: Final = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
+"""All that can be set: a shell cannot trap what was ignored when it began, be it by Python, by the runner or by whoever
+started the agent."""
 
 
 class OutputPipe:
@@ -100,6 +102,7 @@ def _become_shell(
         os.dup2(stderr, 2)
         for number in _RESET_SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         _set_oom_score(0)
         os.chdir("/")
         os.umask(0o022)

@@ -40,7 +40,7 @@ from fleetwire_agent.runner.spool import SpoolWriter
 from fleetwire_agent.runner.stop import Stop, describe_survivors
 
 GO_SECONDS: Final = 60.0
-"""How long a runner that is ready waits for the word to start; the agent is gone, or has changed its mind."""
+"""How long a runner that is ready waits for an agent; one that is connected may keep it waiting for its turn."""
 
 BACKGROUND_OUTPUT_SECONDS: Final = 0.5
 """How long a background child may hold the output after the shell's exit."""
@@ -54,6 +54,7 @@ RESULT_SECONDS: Final = 3600.0
 
 _STATE: Final = "../.."  # of the agent, seen from the command's directory
 _MAX_WORD_BYTES: Final = 200
+_LOOK_SECONDS: Final = 1.0  # how often a runner that waits sees whether its directory is still there
 _SHUTDOWN: Final = "stopped by the service manager, as when the host shuts down"
 
 
@@ -170,9 +171,9 @@ class Supervisor:
         while not self._is_over():
             self._wait()
             now = time.monotonic()
+            self._reap(now)  # before anybody is heard: a shell that has ended is not stopped any more
             self._listen()
             self._read_pipes(now)
-            self._reap(now)
             self._watch_time(now)
             self._tell_output()
         for pipe in shell.pipes:
@@ -191,7 +192,7 @@ class Supervisor:
             return now >= self._stop.next_at and self._stop.step(now)
         if self._exited_at is None:
             return False
-        return not self._pipes or now >= self._exited_at + BACKGROUND_OUTPUT_SECONDS
+        return not self._pipes or self.is_terminated or now >= self._exited_at + BACKGROUND_OUTPUT_SECONDS
 
     def _wait(self) -> None:
         poller = select.poll()
@@ -229,9 +230,8 @@ class Supervisor:
             self._waits_when_full = False
         with suppress(BlockingIOError):
             os.read(self._wakeup, 512)
-        if self.is_terminated and self._stop is None:
-            self._error = _SHUTDOWN
-            self._begin_stop("interrupted")
+        if self.is_terminated:
+            self._begin_stop("interrupted", error=_SHUTDOWN)
 
     def _greet(self) -> None:
         self._link.send(f"started {self._started_at!r}")
@@ -279,16 +279,16 @@ class Supervisor:
         self._exit_code, self._exited_at = exit_code, now
 
     def _watch_time(self, now: float) -> None:
-        if now >= self._began + self._order.timeout_seconds and self._exited_at is None:
+        if now >= self._began + self._order.timeout_seconds:
             self._begin_stop("timed_out")
 
-    def _begin_stop(self, status: ResultStatus) -> None:
+    def _begin_stop(self, status: ResultStatus, *, error: str | None = None) -> None:
         """The first reason counts, and none once the shell has ended by itself."""
-        if self._stop is not None or (self._exited_at is not None and status != "interrupted"):
+        if self._stop is not None or self._exited_at is not None:
             return
         within = None if self._group is not None else os.getpid()
         family = Family([self._root], variables=[f"{COMMAND_DIRECTORY_VARIABLE}={self._directory}"], within=within)
-        self._stop_status = status
+        self._stop_status, self._error = status, error
         self._stop = Stop(family, self._group, now=time.monotonic(), grace_seconds=self._order.grace_seconds)
 
     def _tell_output(self) -> None:
@@ -356,7 +356,7 @@ def _run(directory: str) -> int:
     tell_ready = _become_daemon() if "NOTIFY_SOCKET" not in os.environ else _notify_manager
     try:
         order = read_order(".")
-        path = choose_control_group(order.command_id) if order.has_control_group else None
+        path = choose_control_group(order.command_id)
         traces = Traces(os.getpid(), path, shell=None)
         try:
             result = allocate_result(".")
@@ -381,7 +381,7 @@ def _run(directory: str) -> int:
     signal.signal(signal.SIGTERM, supervisor.note_signal)
     tell_ready("")
     try:
-        if _await_go(link, supervisor) and claim(".", "runner"):
+        if await_go(link, is_terminated=lambda: supervisor.is_terminated) and claim(".", "runner"):
             supervisor.run()
     finally:
         link.close()
@@ -391,13 +391,13 @@ def _run(directory: str) -> int:
     return 0
 
 
-def _await_go(link: AgentLink, supervisor: Supervisor) -> bool:
+def await_go(link: AgentLink, *, is_terminated: Callable[[], bool], alone_seconds: float = GO_SECONDS) -> bool:
     """Wait for the agent to connect and say go. It says stop, or leaves without go, when it has changed its mind; where
     it was killed before it connected, the next one removes the directory and has another runner started."""
-    deadline = time.monotonic() + GO_SECONDS
+    deadline = time.monotonic() + alone_seconds
     has_met = False
-    while time.monotonic() < deadline and not supervisor.is_terminated:
-        readable, _, _ = select.select(link.descriptors, [], [], max(0.0, min(1.0, deadline - time.monotonic())))
+    while (link.is_connected or time.monotonic() < deadline) and not is_terminated():
+        readable, _, _ = select.select(link.descriptors, [], [], _LOOK_SECONDS)
         if not os.path.exists(SOCKET):  # noqa: PTH110 - another has been ordered, or the command was given up
             return False
         if readable:
