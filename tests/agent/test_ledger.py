@@ -249,7 +249,7 @@ async def test_records_that_are_not_understood_are_damage_and_said(
                 "cmd_running": (State.RUNNING, "boot"),
             }
     said = [record.getMessage() for record in caplog.records]
-    assert sum("cannot be read" in text for text in said) == 7  # once each, as the next ledger is without them
+    assert sum("cannot be read" in text for text in said) == 8  # once each, as the next ledger is without them
     assert any("command_vanished" in text for text in said)
 
 
