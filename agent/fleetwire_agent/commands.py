@@ -4,7 +4,6 @@ to the ledger; the runners hold the processes, so that a command outlives this a
 import asyncio
 import logging
 import shutil
-import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from fleetwire_agent import runners
 from fleetwire_agent.command_states import Action, Event, State, move
 from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Entry, Ledger
+from fleetwire_agent.moments import Moment
 from fleetwire_agent.process_table import COMMAND_ID_VARIABLE
 from fleetwire_agent.runner import files
 from fleetwire_agent.runner.spool import SpoolReader
@@ -93,7 +93,6 @@ class Commands:
         max_at_once: int = MAX_COMMANDS_AT_ONCE,
         profile: Profile = "manage",
         grace_seconds: float = GRACE_SECONDS,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self._launcher = launcher
         self._ledger = ledger
@@ -101,7 +100,6 @@ class Commands:
         self._max_at_once = max_at_once
         self._profile = profile
         self._grace_seconds = grace_seconds
-        self._now = now
         self._shell = ("/bin/bash", "-c") if Path("/bin/bash").exists() else ("/bin/sh", "-c")
         self._waiting: deque[Entry] = deque()
         self._turns: deque[_Run] = deque()  # prepared or being prepared, in the order in which they are to start
@@ -455,7 +453,8 @@ class Commands:
             _log.warning("%s is interrupted: %s", entry.command_id, error)
             self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error))
             return
-        self._ledger.finish(entry, _ending_from(entry, result))
+        ended = Moment(entry.started_boot_id or "", result.ended_boottime, result.ended_at)
+        self._ledger.finish(entry, _ending_from(entry, result), ended=ended)
 
     def _claim(self, directory: Path) -> bool:
         """Whether it is sure that the runner has not started the shell, and never will."""
@@ -484,7 +483,7 @@ class Commands:
             exit_code=None,
             stdout_bytes=written["stdout"],
             stderr_bytes=written["stderr"],
-            started_at=entry.started_at or self._now(),
+            seconds_ago=0.0,
             duration_seconds=0.0,
             error=error,
         )
@@ -516,14 +515,14 @@ def _count_output(entry: Entry) -> dict[str, int]:
 
 
 def _ending_from(entry: Entry, result: files.Result) -> CommandFinished:
-    """Return the message that says how a command ended."""
+    """Return the message that says how a command ended; how long ago that is the ledger adds when it is sent."""
     return CommandFinished(
         command_id=entry.command_id,
         status=result.status,
         exit_code=result.exit_code,
         stdout_bytes=result.stdout_bytes,
         stderr_bytes=result.stderr_bytes,
-        started_at=result.started_at,
+        seconds_ago=0.0,
         duration_seconds=result.duration_seconds,
         error=result.error,
         killed=tuple(KilledProcess(pid=each.pid, command=each.command, signal=each.signal) for each in result.killed),

@@ -64,7 +64,8 @@ async def test_the_next_agent_finds_a_command_that_runs_with_all_its_output(tmp_
         assert [(entry.command_id, entry.state) for entry in rig.ledger.list_entries()] == [("cmd_1", "running")]
         assert await rig.first_line() == pid
         assert find_runner(rig) == runner
-        assert rig.started() == started
+        assert [told.command_id for told in started] == [told.command_id for told in rig.started()] == ["cmd_1"]
+        assert 0 < started[0].seconds_ago < rig.started()[0].seconds_ago
         await asyncio.to_thread(gate.write_text, "through\n")
         result = await rig.result_of()
         assert (result.status, result.exit_code) == ("failed", 5)
@@ -547,7 +548,7 @@ async def test_a_command_that_ends_by_itself_lists_no_killed(tmp_path: Path) -> 
 
 def make_result(*, killed: int = 0) -> files.Result:
     listed = [files.Killed(pid, "x" * 200, "KILL") for pid in range(killed)]
-    return files.Result("cancelled", None, None, 1.0, 2.0, 3, 4, listed, killed)
+    return files.Result("cancelled", None, None, 1.0, 1.5, 2.0, 3, 4, listed, killed)
 
 
 def test_a_result_is_read_back(tmp_path: Path) -> None:
