@@ -111,11 +111,14 @@ def _apply_result(connection: Connection, stored: Command, report: CommandFinish
     _compare(stored, event)
     finished_at = _moment_of(stored, report.seconds_ago, now)
     started_at = _moment_of(stored, now - finished_at + report.duration_seconds, now)
+    # Where the command left no result, the agent tells what it finds on the host's disk: less than came here before.
+    stdout_bytes = max(stored.stdout_bytes, report.stdout_bytes)
+    stderr_bytes = max(stored.stderr_bytes, report.stderr_bytes)
     changes: CommandChanges = {
         "exit_code": report.exit_code,
-        "stdout_bytes": report.stdout_bytes,
-        "stderr_bytes": report.stderr_bytes,
-        "truncated": stored.truncated or stored.output_end < report.stdout_bytes + report.stderr_bytes,
+        "stdout_bytes": stdout_bytes,
+        "stderr_bytes": stderr_bytes,
+        "truncated": stored.truncated or stored.output_end < stdout_bytes + stderr_bytes,
         "started_at": min(stored.started_at or finished_at, started_at),
         "finished_at": finished_at,
         "killed": tuple(

@@ -475,6 +475,16 @@ async def test_the_history_shows_when_it_happened_and_not_when_it_was_heard(
     assert (ended.started_at, ended.finished_at) == times
 
 
+async def test_an_end_that_counts_less_output_than_came_does_not_unsay_it(world: World) -> None:
+    """The command's directory was removed: the agent finds nothing there to count."""
+    await world.hold(status=CommandStatus.RUNNING, **SAME | TAKEN)
+    session = await world.connect(make_hello(ledger=(make_entry("running"),)))
+    piece = CommandOutput(command_id=ID, stream="stdout", position=0, offset=0, base64="YWJjZA==")
+    await world.dispatch.receive(session, [piece, make_finished(status="interrupted", exit_code=None)])
+    command = await world.command()
+    assert (command.status, command.stdout_bytes, command.truncated) == ("interrupted", 4, False)
+
+
 @pytest.mark.parametrize("state", STATES)
 async def test_a_command_only_the_agent_knows_is_kept_and_shown(
     world: World, state: Literal["accepted", "running", "finished"]
