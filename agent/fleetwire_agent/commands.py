@@ -56,7 +56,10 @@ MONITOR_RUNS_NOTHING: Final = (
 
 _EXPIRY_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
-_RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
+_RUNNER_DIED: Final = (
+    "there is no result: the process that watched over the command was killed, or the command's directory on the host"
+    " was removed or damaged; what was left of the command was killed"
+)
 _LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
 _REMOVED: Final = "the agent was removed from the host"
 
@@ -203,8 +206,10 @@ class Commands:
             return reject("expired", "the offer expired before it arrived")
         if message.timeout_seconds <= 0:
             return reject("invalid", f"timeout must be more than 0 seconds, got {message.timeout_seconds}")
-        if self._is_stopping or len(self._ledger) >= MAX_HELD_COMMANDS:
-            return reject("full", f"the agent takes no more: it is being removed or holds {MAX_HELD_COMMANDS} commands")
+        if self._is_stopping:
+            return reject("full", "the agent takes no more commands: it is being removed from the host")
+        if (held := len(self._ledger)) >= MAX_HELD_COMMANDS:
+            return reject("full", f"the agent holds {held} commands, and takes at most {MAX_HELD_COMMANDS}")
         return None
 
     def cancel(self, message: CommandCancel) -> None:

@@ -19,6 +19,7 @@ from tests.agent.command_rig import Rig, make_offer, open_rig
 from tests.support.commands import living_pids
 
 from fleetwire_agent.command_states import State
+from fleetwire_agent.commands import MAX_HELD_COMMANDS
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.process_table import descendants_of, read_process, read_processes
 from fleetwire_agent.processes import Spawner
@@ -348,8 +349,23 @@ async def test_a_command_whose_directory_is_removed_while_it_runs_is_interrupted
         assert directory
         await asyncio.to_thread(shutil.rmtree, directory)
         await asyncio.to_thread(gate.write_text, "")
-        assert (await rig.result_of()).status == "interrupted"
+        result = await rig.result_of()
+        assert result.status == "interrupted"
+        assert result.error
+        assert "directory on the host was removed" in result.error
     assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_an_agent_that_takes_no_more_commands_says_why(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, max_at_once=1) as rig:
+        for number in range(MAX_HELD_COMMANDS + 1):
+            rig.commands.offer(make_offer("sleep 600", command_id=f"cmd_{number}"))
+        refused = await rig.rejection_of(f"cmd_{MAX_HELD_COMMANDS}")
+        assert (refused.reason, refused.message) == ("full", "the agent holds 256 commands, and takes at most 256")
+        await rig.commands.stop()
+        rig.commands.offer(make_offer("true", command_id="cmd_late"))
+        refused = await rig.rejection_of("cmd_late")
+        assert (refused.reason, "being removed" in refused.message) == ("full", True)
 
 
 def test_of_a_newer_runners_result_what_is_known_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A runner's life: get ready, wait for the agent's word, start the shell, keep its output, write down its end.
 
-One loop over the shell's pipes, the agent's connection and the clock; no threads, and nothing that waits."""
+One loop over the shell's pipes, the agent's connection and the clock; no threads. Beside it, only the disk is waited
+for: for the output, and at the end as long as it takes no result."""
 
 import os
 import select
