@@ -4,7 +4,6 @@ to the ledger; the runners hold the processes, so that a command outlives this a
 import asyncio
 import logging
 import shutil
-import time
 from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from fleetwire_agent import runners
 from fleetwire_agent.command_states import Action, Event, State, move
 from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Entry, Ledger
+from fleetwire_agent.moments import Moment
 from fleetwire_agent.process_table import COMMAND_ID_VARIABLE
 from fleetwire_agent.runner import files
 from fleetwire_agent.runner.spool import SpoolReader, Stream
@@ -56,7 +56,10 @@ _NOTHING: Final[Mapping[Stream, int]] = {"stdout": 0, "stderr": 0}
 _EXPIRY_ROUND_SECONDS: Final = 1.0
 _CONNECT_ROUND_SECONDS: Final = 1.0
 _HOST_RESTARTED: Final = "the host restarted while the command ran: it may have run in part"
-_RUNNER_DIED: Final = "the process that watched over the command was killed; what was left of the command was, too"
+_RUNNER_DIED: Final = (
+    "there is no result: the process that watched over the command was killed, or the command's directory on the host"
+    " was removed or damaged; what was left of the command was killed"
+)
 _LEDGER_DAMAGED: Final = "the agent's ledger was damaged: whether the command ran is not known, and it will not run now"
 _REMOVED: Final = "the agent was removed from the host, or given to another user there"
 
@@ -93,7 +96,6 @@ class Commands:
         max_at_once: int = MAX_COMMANDS_AT_ONCE,
         profile: Profile = "manage",
         grace_seconds: float = GRACE_SECONDS,
-        now: Callable[[], float] = time.time,
     ) -> None:
         self._launcher = launcher
         self._ledger = ledger
@@ -101,7 +103,6 @@ class Commands:
         self._max_at_once = max_at_once
         self._profile = profile
         self._grace_seconds = grace_seconds
-        self._now = now
         self._shell = ("/bin/bash", "-c") if Path("/bin/bash").exists() else ("/bin/sh", "-c")
         self._waiting: deque[Entry] = deque()
         self._turns: deque[_Run] = deque()  # prepared or being prepared, in the order in which they are to start
@@ -209,8 +210,10 @@ class Commands:
             return reject("expired", "the offer expired before it arrived")
         if message.timeout_seconds <= 0:
             return reject("invalid", f"timeout must be more than 0 seconds, got {message.timeout_seconds}")
-        if self._is_stopping or len(self._ledger) >= MAX_HELD_COMMANDS:
-            return reject("full", f"the agent takes no more: it is being removed or holds {MAX_HELD_COMMANDS} commands")
+        if self._is_stopping:
+            return reject("full", "the agent takes no more commands: it is being removed from the host")
+        if (held := len(self._ledger)) >= MAX_HELD_COMMANDS:
+            return reject("full", f"the agent holds {held} commands, and takes at most {MAX_HELD_COMMANDS}")
         return None
 
     def cancel(self, message: CommandCancel) -> None:
@@ -471,7 +474,8 @@ class Commands:
             written = await asyncio.to_thread(_count_output, entry)
             self._ledger.finish(entry, self._build_ending(entry, "interrupted", error=error, written=written))
             return
-        self._ledger.finish(entry, _ending_from(entry, result))
+        ended = Moment(entry.started_boot_id or "", result.ended_boottime, result.ended_at)
+        self._ledger.finish(entry, _ending_from(entry, result), ended=ended)
 
     def _claim(self, directory: Path) -> bool:
         """Whether it is sure that the runner has not started the shell, and never will."""
@@ -501,7 +505,7 @@ class Commands:
             exit_code=None,
             stdout_bytes=written["stdout"],
             stderr_bytes=written["stderr"],
-            started_at=entry.started_at or self._now(),
+            seconds_ago=0.0,
             duration_seconds=0.0,
             error=error,
         )
@@ -534,14 +538,14 @@ def _count_output(entry: Entry) -> dict[Stream, int]:
 
 
 def _ending_from(entry: Entry, result: files.Result) -> CommandFinished:
-    """Return the message that says how a command ended."""
+    """Return the message that says how a command ended; how long ago that is the ledger adds when it is sent."""
     return CommandFinished(
         command_id=entry.command_id,
         status=result.status,
         exit_code=result.exit_code,
         stdout_bytes=result.stdout_bytes,
         stderr_bytes=result.stderr_bytes,
-        started_at=result.started_at,
+        seconds_ago=0.0,
         duration_seconds=result.duration_seconds,
         error=result.error,
         killed=tuple(KilledProcess(pid=each.pid, command=each.command, signal=each.signal) for each in result.killed),

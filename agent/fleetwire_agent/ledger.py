@@ -20,6 +20,7 @@ from typing import Any, Final, Literal, TypeAlias, cast
 
 from fleetwire_agent.command_states import Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
+from fleetwire_agent.moments import Moment
 from fleetwire_agent.runner.files import COMMANDS, keep_reserve
 from fleetwire_agent.runner.spool import SpoolReader, list_segments, measure, remove_segments
 from fleetwire_agent.runners import is_command_id, is_own_directory
@@ -62,8 +63,9 @@ class Entry:
     state: State = State.ACCEPTED
     attempt: int = 1  # its directory's; a new one after it is proved that the last one did not start the shell
     started_boot_id: str | None = None  # of the boot in which it was last about to start; None: never, or not known
-    started_at: float | None = None
+    started: Moment | None = None
     ending: Ending | None = None
+    ended: Moment | None = None
     directory: Path | None = None  # of its output, once it has one
     output: SpoolReader | None = None
     spool_bytes: int = 0  # as measured last
@@ -96,21 +98,21 @@ class Entry:
         self.output = SpoolReader(str(directory))
         self.output.seek(self.stored_position)
 
-    def next_message(self) -> CommandMessage | None:
+    def next_message(self, now: Moment) -> CommandMessage | None:
         """Return what the server is to be told next, and count it as told; None when it knows all that may be told."""
         if not self.is_on_disk:
             return None
         if not self.is_accepted_sent:
             self.is_accepted_sent = True
             return CommandAccepted(command_id=self.command_id)
-        if not self.is_started_sent and self.started_at is not None:
+        if not self.is_started_sent and self.started is not None:
             self.is_started_sent = True
-            return CommandStarted(command_id=self.command_id, started_at=self.started_at)
+            return CommandStarted(command_id=self.command_id, seconds_ago=self.started.seconds_before(now))
         if message := self._next_output():
             return message
         if self.ending and self.is_ending_on_disk and not self.is_ending_sent and self._is_output_told():
             self.is_ending_sent = True
-            return self.ending
+            return _tell(self.ending, self.ended or now, now)
         return None
 
     def _next_output(self) -> CommandOutput | None:
@@ -172,8 +174,8 @@ class Ledger:
         self._now = now
         self._boottime = boottime
         self._entries: dict[str, Entry] = {}
-        self._endings: OrderedDict[str, Ending] = OrderedDict()
-        self._answers: list[Ending] = []  # to be told once
+        self._endings: OrderedDict[str, tuple[Ending, Moment]] = OrderedDict()
+        self._answers: list[tuple[Ending, Moment]] = []  # to be told once
         self._accepted_count = 0
 
     # ------------------------------------------------------------ opening
@@ -258,15 +260,16 @@ class Ledger:
             case "never_ran" if entry:
                 entry.state, entry.attempt = State.ACCEPTED, int(record["attempt"])
             case "running" if entry:
-                entry.state, entry.started_at = State.RUNNING, record["started_at"]
+                entry.state, entry.started = State.RUNNING, Moment(*record["started"])
             case "finished" if entry:
-                entry.state, entry.ending = State.FINISHED, _decode_ending(record["ending"])
+                ending, ended = _decode_ending(record["ending"]), Moment(*record["ended"])
+                entry.state, entry.ending, entry.ended = State.FINISHED, ending, ended
             case "stored" if entry:
                 del self._entries[entry.command_id]
-                if entry.ending:
-                    self._remember(entry.ending)
+                if entry.ending and entry.ended:
+                    self._remember(entry.ending, entry.ended)
             case "ended":
-                self._remember(_decode_ending(record["ending"]))
+                self._remember(_decode_ending(record["ending"]), Moment(*record["ended"]))
             case "starting" | "never_ran" | "running" | "finished" | "stored":  # of a command that is over
                 pass
             case kind:  # of a newer agent: it may say that a command was started
@@ -275,8 +278,8 @@ class Ledger:
     def _list_live(self) -> Iterator[bytes]:
         """Return the records that make up the present state."""
         yield _pack({"record": "instance", "instance_id": self.instance_id})
-        for ending in self._endings.values():
-            yield _pack({"record": "ended", "ending": encode(ending)})
+        for ending, ended in self._endings.values():
+            yield _pack({"record": "ended", "ending": encode(ending), "ended": ended})
         for entry in self._entries.values():
             yield _pack(_accepted(entry))
             known: dict[str, Any] = {"command_id": entry.command_id}
@@ -284,10 +287,10 @@ class Ledger:
                 yield _pack({"record": "starting", **known, "attempt": entry.attempt, "boot_id": entry.started_boot_id})
             elif entry.attempt > 1:
                 yield _pack({"record": "never_ran", **known, "attempt": entry.attempt})
-            if entry.started_at is not None:
-                yield _pack({"record": "running", **known, "started_at": entry.started_at})
+            if entry.started:
+                yield _pack({"record": "running", **known, "started": entry.started})
             if entry.ending:
-                yield _pack({"record": "finished", **known, "ending": encode(entry.ending)})
+                yield _pack({"record": "finished", **known, "ending": encode(entry.ending), "ended": entry.ended})
 
     # ------------------------------------------------------------ looking
 
@@ -308,9 +311,15 @@ class Ledger:
 
     def next_messages(self) -> list[CommandMessage]:
         """Return the next message of every command that has one: a talkative command does not delay the others."""
-        answers, self._answers = self._answers, []
+        now = self.moment()
+        answers = [_tell(ending, ended, now) for ending, ended in self._answers]
+        self._answers.clear()
         entries = [entry for entry in self._entries.values() if not entry.is_muted]
-        return [*answers, *(message for entry in entries if (message := entry.next_message()))]
+        return [*answers, *(message for entry in entries if (message := entry.next_message(now)))]
+
+    def moment(self) -> Moment:
+        """Return what now is."""
+        return Moment(self.boot_id, self._boottime(), self._now())
 
     def is_expired(self, entry: Entry) -> bool:
         """Whether its time to wait for its turn is over."""
@@ -362,11 +371,15 @@ class Ledger:
         )
         await asyncio.shield(saved)  # the record is written whether or not somebody still waits for it
 
-    def record_running(self, entry: Entry, started_at: float) -> None:
-        """What it says is also in the runner's keeping, so nobody waits for the disk."""
+    def record_running(self, entry: Entry, started_boottime: float) -> None:
+        """What it says is also in the runner's keeping, so nobody waits for the disk.
+
+        Args:
+            started_boottime: when, in seconds of this boot's CLOCK_BOOTTIME."""
         self._move(entry, Event.RAN)
-        entry.started_at = started_at
-        self._append({"record": "running", "command_id": entry.command_id, "started_at": started_at}, is_durable=False)
+        now = self.moment()
+        entry.started = now._replace(boottime=started_boottime, at=now.at - (now.boottime - started_boottime))
+        self._append({"record": "running", "command_id": entry.command_id, "started": entry.started}, is_durable=False)
         self.news.set()
 
     def record_never_ran(self, entry: Entry) -> None:
@@ -382,11 +395,20 @@ class Ledger:
 
         saved.add_done_callback(note)
 
-    def finish(self, entry: Entry, ending: Ending, event: Event = Event.FINISHED) -> None:
-        """Write down how a command ended; the server is told when that is on disk."""
+    def finish(
+        self, entry: Entry, ending: Ending, event: Event = Event.FINISHED, *, ended: Moment | None = None
+    ) -> None:
+        """Write down how a command ended, and when if not now; the server is told when that is on disk."""
         self._move(entry, event)
-        entry.ending = ending
-        saved = self._append({"record": "finished", "command_id": entry.command_id, "ending": encode(ending)})
+        entry.ending, entry.ended = ending, ended or self.moment()
+        saved = self._append(
+            {
+                "record": "finished",
+                "command_id": entry.command_id,
+                "ending": encode(ending),
+                "ended": entry.ended,
+            }
+        )
 
         def note(saved: "asyncio.Future[None]") -> None:
             if saved.exception() is not None:
@@ -405,17 +427,19 @@ class Ledger:
 
         It need not be: a server that has stored the answer never offers the id again, and one that has not yet asks
         again when this agent comes back."""
-        self._remember(ending)
-        saved = self._append({"record": "ended", "ending": encode(ending)})
+        ended = self.moment()
+        self._remember(ending, ended)
+        saved = self._append({"record": "ended", "ending": encode(ending), "ended": ended})
         saved.add_done_callback(lambda _: self.answer(ending))
 
     def answer(self, ending: Ending) -> None:
         """Tell the server once."""
-        self._answers.append(ending)
+        self._answers.append((ending, self.moment()))
         self.news.set()
 
     def answer_again(self, command_id: str) -> None:
-        self.answer(self._endings[command_id])
+        self._answers.append(self._endings[command_id])
+        self.news.set()
 
     def report_again(self, entry: Entry) -> None:
         entry.is_accepted_sent = entry.is_started_sent = entry.is_ending_sent = False
@@ -437,11 +461,11 @@ class Ledger:
 
     def note_stored(self, command_id: str) -> None:
         entry = self._entries.get(command_id)
-        if entry is None or entry.ending is None:
+        if entry is None or entry.ending is None or entry.ended is None:
             return
         self._move(entry, Event.STORED)
         del self._entries[command_id]
-        self._remember(entry.ending)
+        self._remember(entry.ending, entry.ended)
         self._append({"record": "stored", "command_id": command_id}, is_durable=False)
         self._forget_directory(entry)
         self._update_reported()
@@ -468,9 +492,11 @@ class Ledger:
     def _keep_quota(self) -> None:
         """Remove output the server has not, of what ended longest ago first, then of what has most; the gap tells."""
         waiting_bytes = sum(entry.spool_bytes for entry in self._entries.values())
+        now = self.moment()
         ended = [entry for entry in self._entries.values() if entry.state is State.FINISHED]
+        ended.sort(key=lambda entry: (entry.ended or now).seconds_before(now), reverse=True)
         running = [entry for entry in self._entries.values() if entry.state is not State.FINISHED]
-        for entry in [*sorted(ended, key=_ended_at), *sorted(running, key=lambda entry: -entry.spool_bytes)]:
+        for entry in [*ended, *sorted(running, key=lambda entry: -entry.spool_bytes)]:
             if waiting_bytes <= self._spool_bytes:
                 return
             if entry.directory is None or not entry.spool_bytes:
@@ -518,9 +544,9 @@ class Ledger:
     def _move(self, entry: Entry, event: Event) -> None:
         entry.state = move(entry.state, event).to
 
-    def _remember(self, ending: Ending) -> None:
+    def _remember(self, ending: Ending, ended: Moment) -> None:
         short = replace(ending, killed=()) if isinstance(ending, CommandFinished) else ending
-        self._endings[ending.command_id] = short
+        self._endings[ending.command_id] = (short, ended)
         if len(self._endings) > REMEMBERED_ENDINGS:
             self._endings.popitem(last=False)
 
@@ -555,9 +581,9 @@ def _accepted(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _ended_at(entry: Entry) -> float:
-    ending = entry.ending
-    return ending.started_at + ending.duration_seconds if isinstance(ending, CommandFinished) else 0.0
+def _tell(ending: Ending, ended: Moment, now: Moment) -> Ending:
+    """Return what the server is told of an end now."""
+    return replace(ending, seconds_ago=ended.seconds_before(now)) if isinstance(ending, CommandFinished) else ending
 
 
 def _pack(record: dict[str, Any]) -> bytes:

@@ -212,7 +212,7 @@ class CommandStarted:
 
     type: ClassVar[str] = "command_started"
     command_id: str
-    started_at: float  # Unix seconds, agent's clock
+    seconds_ago: float  # when this was sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +239,7 @@ class CommandFinished:
     exit_code: int | None  # None where no exit status exists; 128 + n when signal n ended the shell
     stdout_bytes: int  # all that was written, also what was not kept
     stderr_bytes: int
-    started_at: float
+    seconds_ago: float  # since its end, when this was sent
     duration_seconds: float  # by a monotonic clock
     error: str | None = None
     killed: tuple[KilledProcess, ...] = ()  # of a stopped command, at most MAX_KILLED_LISTED

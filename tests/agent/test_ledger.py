@@ -17,6 +17,7 @@ from tests.agent.command_rig import make_offer
 from fleetwire_agent.command_states import Event, State
 from fleetwire_agent.ledger import SPOOL_BYTES, Entry, Ledger
 from fleetwire_agent.ledger_file import LedgerFile
+from fleetwire_agent.moments import Moment
 from fleetwire_agent.runner.spool import SEGMENT_BYTES, SpoolWriter, list_segments
 from fleetwire_shared.codec import encode
 from fleetwire_shared.errors import ConflictError, UnavailableError
@@ -37,15 +38,15 @@ class Clocks:
     boottime: float = 500.0
 
 
-def make_ending(command_id: str = "cmd_1", *, ended_at: float = 2.0) -> CommandFinished:
+def make_ending(command_id: str = "cmd_1", *, seconds_ago: float = 0.0) -> CommandFinished:
     return CommandFinished(
         command_id=command_id,
         status="succeeded",
         exit_code=0,
         stdout_bytes=0,
         stderr_bytes=0,
-        started_at=1.0,
-        duration_seconds=ended_at - 1.0,
+        seconds_ago=seconds_ago,
+        duration_seconds=1.0,
     )
 
 
@@ -59,11 +60,11 @@ class Opened:
         await saved
         return entry
 
-    async def add_started(self, command_id: str = "cmd_1", *, started_at: float | None = 7.0) -> Entry:
+    async def add_started(self, command_id: str = "cmd_1", *, started_boottime: float | None = 7.0) -> Entry:
         entry = await self.add(command_id)
         await self.ledger.record_starting(entry)
-        if started_at is not None:
-            self.ledger.record_running(entry, started_at)
+        if started_boottime is not None:
+            self.ledger.record_running(entry, started_boottime)
         return entry
 
     def get(self, command_id: str) -> Entry:
@@ -148,13 +149,13 @@ async def test_an_ending_is_told_when_it_is_on_disk(tmp_path: Path) -> None:
 async def test_a_ledger_that_is_opened_again_knows_its_commands(tmp_path: Path) -> None:
     async with open_ledger(tmp_path) as opened:
         await opened.add("cmd_accepted")
-        await opened.add_started("cmd_starting", started_at=None)
+        await opened.add_started("cmd_starting", started_boottime=None)
         await opened.add_started("cmd_running")
         opened.ledger.finish(await opened.add_started("cmd_finished"), make_ending("cmd_finished"))
         opened.ledger.finish(await opened.add_started("cmd_ended"), make_ending("cmd_ended"))
         opened.ledger.note_stored("cmd_ended")
         opened.ledger.remember(CommandRejected(command_id="cmd_never", reason="cancelled", message="cancelled"))
-        again = await opened.add_started("cmd_again", started_at=None)
+        again = await opened.add_started("cmd_again", started_boottime=None)
         opened.ledger.record_never_ran(again)
         await opened.add("cmd_last")
     for _ in range(2):
@@ -172,7 +173,8 @@ async def test_a_ledger_that_is_opened_again_knows_its_commands(tmp_path: Path) 
             assert ledger.state_of("cmd_ended") is ledger.state_of("cmd_never") is State.ENDED
             assert ledger.state_of("cmd_other") is State.UNKNOWN
             running = opened.get("cmd_running")
-            assert (running.started_at, running.boot_id, running.offer.timeout_seconds) == (7.0, "boot", 30.0)
+            assert running.started == Moment("boot", 7.0, Clocks().now - (Clocks().boottime - 7.0))
+            assert (running.boot_id, running.offer.timeout_seconds) == ("boot", 30.0)
             assert opened.get("cmd_again").attempt == 2
             assert (
                 LedgerEntry(command_id="cmd_finished", state="finished", command="true", timeout_seconds=30.0)
@@ -186,7 +188,7 @@ async def test_a_ledger_that_is_opened_again_knows_its_commands(tmp_path: Path) 
 async def test_a_ledger_that_was_compacted_knows_the_same(tmp_path: Path) -> None:
     async with open_ledger(tmp_path) as opened:
         await opened.add_started("cmd_running")
-        again = await opened.add_started("cmd_again", started_at=None)
+        again = await opened.add_started("cmd_again", started_boottime=None)
         opened.ledger.record_never_ran(again)
         opened.ledger.finish(await opened.add_started("cmd_finished"), make_ending("cmd_finished"))
         big = "x" * 60_000
@@ -382,6 +384,40 @@ async def test_what_never_ran_after_another_boot_expires_by_the_clock_still(tmp_
         assert opened.ledger.is_expired(opened.found[0])
 
 
+@pytest.mark.parametrize(
+    ("change", "boot_id", "started_ago", "ended_ago"),
+    [
+        (wait_a_minute, "boot", 70.0, 60.0),
+        (set_clock_back, "boot", 70.0, 60.0),
+        (set_clock_ahead, "boot", 10.0, 0.0),
+        (wait_a_minute, "another", 70.0, 60.0),
+        (set_clock_ahead, "another", 86410.0, 86400.0),  # by that clock a day has passed, and there is no other
+        (set_clock_back, "another", 0.0, 0.0),
+    ],
+)
+async def test_the_server_is_told_how_long_ago_a_command_started_and_ended(
+    tmp_path: Path, change: Change, boot_id: str, started_ago: float, ended_ago: float
+) -> None:
+    """Of what ended before the last connect, of what an agent reads again from a ledger, and of what it remembers."""
+    clocks = Clocks()
+    async with open_ledger(tmp_path, clocks=clocks) as opened:
+        for command_id in ("cmd_held", "cmd_remembered"):
+            entry = await opened.add_started(command_id, started_boottime=clocks.boottime - 10)
+            opened.ledger.finish(entry, make_ending(command_id), ended=opened.ledger.moment())
+        opened.ledger.note_stored("cmd_remembered")
+    change(clocks)
+    for _ in range(2):  # the second is told from what the first has made of the ledger
+        async with open_ledger(tmp_path, boot_id=boot_id, clocks=clocks) as opened:
+            opened.ledger.answer_again("cmd_remembered")
+            opened.ledger.send_again(opened.get("cmd_held"))
+            assert opened.ledger.next_messages() == [
+                make_ending("cmd_remembered", seconds_ago=ended_ago),
+                CommandStarted(command_id="cmd_held", seconds_ago=started_ago),
+            ]
+            assert opened.ledger.next_messages() == [make_ending("cmd_held", seconds_ago=ended_ago)]
+            opened.ledger._file.compact()
+
+
 async def write_spool(opened: Opened, entry: Entry, *, segments: int) -> Path:
     directory = opened.ledger.directory_of(entry)
     directory.mkdir()
@@ -426,8 +462,9 @@ async def test_the_quota_takes_the_oldest_ending_although_its_command_was_accept
         for command_id in ("cmd_1", "cmd_2", "cmd_3"):
             entry = await opened.add_started(command_id)
             directories[command_id] = await write_spool(opened, entry, segments=1)
-        opened.ledger.finish(opened.get("cmd_2"), make_ending("cmd_2", ended_at=10.0))
-        opened.ledger.finish(opened.get("cmd_1"), make_ending("cmd_1", ended_at=20.0))
+        earlier = opened.ledger.moment()._replace(boottime=10.0)
+        opened.ledger.finish(opened.get("cmd_1"), make_ending("cmd_1"), ended=earlier._replace(boottime=20.0))
+        opened.ledger.finish(opened.get("cmd_2"), make_ending("cmd_2"), ended=earlier)
         running = opened.get("cmd_3")
         opened.ledger.note_output(running)
         assert count(directories) == {"cmd_1": 1, "cmd_2": 0, "cmd_3": 1}
@@ -479,7 +516,7 @@ async def test_directories_are_removed_in_a_thread_and_a_proof_not_before_its_re
         stored = await opened.add_started("cmd_stored")
         opened.ledger.finish(stored, make_ending("cmd_stored"))
         opened.ledger.note_stored("cmd_stored")
-        again = await opened.add_started("cmd_again", started_at=None)
+        again = await opened.add_started("cmd_again", started_boottime=None)
         proof = opened.ledger.directory_of(again)
         opened.ledger.record_never_ran(again)
         await opened.add()  # is on disk after it

@@ -17,8 +17,10 @@ from pathlib import Path
 import pytest
 from tests.agent.command_rig import Rig, make_offer, no_room, open_rig
 from tests.support.commands import living_pids
+from tests.support.eventually import eventually
 
 from fleetwire_agent.command_states import State
+from fleetwire_agent.commands import MAX_HELD_COMMANDS
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.process_table import descendants_of, read_process, read_processes
 from fleetwire_agent.processes import Spawner
@@ -74,7 +76,8 @@ async def test_the_next_agent_finds_a_command_that_runs_with_all_its_output(tmp_
         assert [(entry.command_id, entry.state) for entry in rig.ledger.list_entries()] == [("cmd_1", "running")]
         assert await rig.first_line() == pid
         assert find_runner(rig) == runner
-        assert rig.started() == started
+        assert [told.command_id for told in started] == [told.command_id for told in rig.started()] == ["cmd_1"]
+        assert 0 < started[0].seconds_ago < rig.started()[0].seconds_ago
         await asyncio.to_thread(gate.write_text, "through\n")
         result = await rig.result_of()
         assert (result.status, result.exit_code) == ("failed", 5)
@@ -440,8 +443,23 @@ async def test_a_command_whose_directory_is_removed_while_it_runs_is_interrupted
         assert directory
         await asyncio.to_thread(shutil.rmtree, directory)
         await asyncio.to_thread(gate.write_text, "")
-        assert (await rig.result_of()).status == "interrupted"
+        result = await rig.result_of()
+        assert result.status == "interrupted"
+        assert result.error
+        assert "directory on the host was removed" in result.error
     assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_an_agent_that_takes_no_more_commands_says_why(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, max_at_once=1) as rig:
+        for number in range(MAX_HELD_COMMANDS + 1):
+            rig.commands.offer(make_offer("sleep 600", command_id=f"cmd_{number}"))
+        refused = await rig.rejection_of(f"cmd_{MAX_HELD_COMMANDS}")
+        assert (refused.reason, refused.message) == ("full", "the agent holds 256 commands, and takes at most 256")
+        await rig.commands.stop()
+        rig.commands.offer(make_offer("true", command_id="cmd_late"))
+        refused = await rig.rejection_of("cmd_late")
+        assert (refused.reason, "being removed" in refused.message) == ("full", True)
 
 
 def test_of_a_newer_runners_result_what_is_known_is_read(tmp_path: Path) -> None:
@@ -693,7 +711,7 @@ async def test_what_left_the_session_is_killed_and_listed(tmp_path: Path) -> Non
         await rig.wait_until(lambda: rig.output("stdout").count(b"\n") == 2)
         runner = find_runner(rig)
         pids = {int(line) for line in rig.output("stdout").split()}
-        await rig.wait_until(lambda: "sleep 601" in map(read_command_line, pids))  # what it becomes after its echo
+        await eventually(lambda: asyncio.sleep(0, "sleep 601" in map(read_command_line, pids)))  # after its echo
         family = pids | {row.pid for row in descendants_of(read_processes(), runner)}
         rig.commands.cancel(CommandCancel(command_id="cmd_1"))
         result = await rig.result_of()
@@ -717,7 +735,7 @@ async def test_a_command_that_ends_by_itself_lists_no_killed(tmp_path: Path) -> 
 
 def make_result(*, killed: int = 0) -> files.Result:
     listed = [files.Killed(pid, "x" * 200, "KILL") for pid in range(killed)]
-    return files.Result("cancelled", None, None, 1.0, 2.0, 3, 4, listed, killed)
+    return files.Result("cancelled", None, None, 1.0, 1.5, 2.0, 3, 4, listed, killed)
 
 
 def test_a_result_is_read_back(tmp_path: Path) -> None:

@@ -245,6 +245,15 @@ async def _run_through_a_step_of_the_clock(
     expired = ends["expiring"]
     assert 5 < expired["finished_at"] - expired["created_at"] < 13
     assert (await api.get(f"{path}/commands/{gated}"))["status"] == "running"
+
+    # What ends unheard ended when it did, whatever the host's clock says.
+    submitted_at = time.time()
+    unheard = await submit("sleep 4", timeout=60)
+    await api.wait_for_command(agent_id, unheard, "running")
+    await run(host, "systemctl stop fleetwire-agent")
+    await asyncio.sleep(8)
+    await run(host, "systemctl start fleetwire-agent")
+    assert 4 <= (await api.wait_for_command(agent_id, unheard))["finished_at"] - submitted_at < 7
     host.exec("touch /root/gate")
     assert (await api.wait_for_command(agent_id, gated))["status"] == "succeeded"
     host.exec("rm /root/gate")

@@ -375,6 +375,31 @@ async def test_commands_wait_for_an_agent_that_is_away_and_keep_their_order(
     assert (await send(api, agent.agent_id, "true", on_offline="fail"))["status"] == "queued"
 
 
+@pytest.mark.parametrize("away", ["server", "agent"])
+async def test_the_history_shows_when_a_command_ran_that_nobody_heard_of(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path, away: str
+) -> None:
+    server = start_server()
+    api = await open_api(server)
+    agent = await start_agent(api, environment={"FLEETWIRE_AGENT_MAX_COMMANDS_AT_ONCE": "1"})
+    gate, date = tmp_path / "gate", "date +%s.%N"
+    first = await api.submit(agent.agent_id, f"until [ -e {gate} ]; do sleep 0.1; done; {date}")
+    second = await api.submit(agent.agent_id, f"{date}; sleep 2; {date}")
+    await api.wait_for_command(agent.agent_id, first, "running")
+    await api.wait_for_command(agent.agent_id, second, "accepted")
+    gone = server if away == "server" else agent
+    gone.kill()
+    gate.touch()
+    await asyncio.sleep(8)  # how long ago it was, when somebody hears of it
+    gone.start()
+    gone.wait_until_started()
+    ends = [await api.wait_for_command(agent.agent_id, command_id) for command_id in (first, second)]
+    assert [end["status"] for end in ends] == ["succeeded"] * 2
+    ended, *printed = [float(line) for end in ends for line in end["output"].split()]
+    assert ends[0]["finished_at"] == pytest.approx(ended, abs=1)
+    assert [ends[1]["started_at"], ends[1]["finished_at"]] == pytest.approx(printed, abs=1)
+
+
 # ---------------------------------------------------------------- requests that are wrong
 
 

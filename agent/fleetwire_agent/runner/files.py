@@ -71,7 +71,8 @@ class Result(NamedTuple):
     status: ResultStatus
     exit_code: int | None
     error: str | None
-    started_at: float  # Unix seconds
+    ended_at: float  # Unix seconds
+    ended_boottime: float  # seconds of CLOCK_BOOTTIME
     duration_seconds: float
     stdout_bytes: int  # all that was written, also what was not kept
     stderr_bytes: int

@@ -1,6 +1,7 @@
 """A runner's life: get ready, wait for the agent's word, start the shell, keep its output, write down its end.
 
-One loop over the shell's pipes, the agent's connection and the clock; no threads, and nothing that waits."""
+One loop over the shell's pipes, the agent's connection and the clock; no threads. Beside it, only the disk is waited
+for: for the output, and at the end as long as it takes no result."""
 
 import os
 import select
@@ -145,7 +146,7 @@ class Supervisor:
         self._error: str | None = None
         self._exit_code: int | None = None
         self._exited_at: float | None = None
-        self._started_at = 0.0
+        self._started_boottime = 0.0
         self._began = 0.0  # monotonic
         self._waits_when_full = False  # the agent is connected to its server: output waits instead of being dropped
         self._has_dead = False  # that are still to be buried
@@ -159,7 +160,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Run the command to its end and leave its result in the directory."""
-        self._started_at, self._began = time.time(), time.monotonic()
+        self._started_boottime, self._began = time.clock_gettime(time.CLOCK_BOOTTIME), time.monotonic()
         environment = {**self._order.environment, COMMAND_DIRECTORY_VARIABLE: self._directory}
         try:
             shell = Shell(self._order.argv, environment, self._group, note_pid=self._note_shell)
@@ -234,7 +235,7 @@ class Supervisor:
             self._begin_stop("interrupted", error=_SHUTDOWN)
 
     def _greet(self) -> None:
-        self._link.send(f"started {self._started_at!r}")
+        self._link.send(f"started {self._started_boottime!r}")
         self._told_position = -1
 
     def _read_pipes(self, now: float) -> None:
@@ -324,7 +325,8 @@ class Supervisor:
             status=status,
             exit_code=exit_code,
             error=error,
-            started_at=self._started_at,
+            ended_at=time.time(),
+            ended_boottime=time.clock_gettime(time.CLOCK_BOOTTIME),
             duration_seconds=duration_seconds,
             stdout_bytes=self._spool.written_bytes["stdout"],
             stderr_bytes=self._spool.written_bytes["stderr"],

@@ -49,11 +49,11 @@ def move(
     if accepted_at is None and event in HOLDING:
         accepted_at = now
     values: CommandChanges = {
+        "finished_at": now if status.is_end else None,  # unless the agent has told when
         **(changes or {}),
         "status": status,
         "accepted_at": accepted_at,
         "late": stored.late or stored.status.is_end,
-        "finished_at": now if status.is_end else None,
         "error": error if status.is_end else None,
     }
     return commands.update_command(connection, stored.id, {stored.status}, **values)

@@ -73,7 +73,10 @@ def _apply(connection: Connection, agent_id: str, report: CommandReport, now: fl
         case CommandAccepted():
             return move(connection, stored, CommandEvent.ACCEPTED, now)
         case CommandStarted():
-            return move(connection, stored, CommandEvent.STARTED, now, changes={"started_at": now})
+            if stored.status is CommandStatus.RUNNING and stored.started_at is not None:
+                return None
+            started_at = _moment_of(stored, report.seconds_ago, now)
+            return move(connection, stored, CommandEvent.STARTED, now, changes={"started_at": started_at})
         case CommandRejected():
             return _apply_rejection(connection, stored, report, now)
         case CommandFinished():
@@ -106,12 +109,18 @@ def _apply_rejection(connection: Connection, stored: Command, report: CommandRej
 def _apply_result(connection: Connection, stored: Command, report: CommandFinished, now: float) -> Command | None:
     event = CommandEvent(report.status)
     _compare(stored, event)
+    finished_at = _moment_of(stored, report.seconds_ago, now)
+    started_at = _moment_of(stored, now - finished_at + report.duration_seconds, now)
+    # Where the command left no result, the agent tells what it finds on the host's disk: less than came here before.
+    stdout_bytes = max(stored.stdout_bytes, report.stdout_bytes)
+    stderr_bytes = max(stored.stderr_bytes, report.stderr_bytes)
     changes: CommandChanges = {
         "exit_code": report.exit_code,
-        "stdout_bytes": report.stdout_bytes,
-        "stderr_bytes": report.stderr_bytes,
-        "truncated": stored.truncated or stored.output_end < report.stdout_bytes + report.stderr_bytes,
-        "started_at": min(stored.started_at or now, now - report.duration_seconds),
+        "stdout_bytes": stdout_bytes,
+        "stderr_bytes": stderr_bytes,
+        "truncated": stored.truncated or stored.output_end < stdout_bytes + stderr_bytes,
+        "started_at": min(stored.started_at or finished_at, started_at),
+        "finished_at": finished_at,
         "killed": tuple(
             KilledProcess(pid=each.pid, command=each.command[:COMMAND_PREVIEW_CHARACTERS], signal=each.signal)
             for each in report.killed[:MAX_KILLED_LISTED]
@@ -119,6 +128,13 @@ def _apply_result(connection: Connection, stored: Command, report: CommandFinish
         "killed_count": max(report.killed_count, len(report.killed)),
     }
     return move(connection, stored, event, now, report.error, changes)
+
+
+def _moment_of(stored: Command, seconds_ago: float, now: float) -> float:
+    """Return when it happened by this server's clock: not after now, nor before the command was there. An orphan was
+    there before it was known here."""
+    earliest = 0.0 if stored.is_orphan else stored.created_at
+    return min(now, max(earliest, now - seconds_ago))
 
 
 def _compare(stored: Command, event: CommandEvent) -> None:

@@ -107,7 +107,9 @@ TRANSITIONS: Mapping[CommandStatus, Mapping[CommandEvent, CommandStatus]] = {
         _E.CANCEL_ASKED: _S.ACCEPTED,
         _E.GONE: _S.LOST,
     },
-    _S.RUNNING: {event: ENDS[event] for event in RESULTS} | {_E.CANCEL_ASKED: _S.RUNNING, _E.GONE: _S.LOST},
+    # A connect may show that it runs before the agent has told since when.
+    _S.RUNNING: {event: ENDS[event] for event in RESULTS}
+    | {_E.STARTED: _S.RUNNING, _E.CANCEL_ASKED: _S.RUNNING, _E.GONE: _S.LOST},
     # Only of a command that was never accepted does anyone say NEVER_RECEIVED: see core/resync.py.
     _S.LOST: _BEGUN | ENDS | {_E.NEVER_RECEIVED: _S.QUEUED},
     _S.INTERRUPTED: _BEGUN | _without(_E.INTERRUPTED, ENDS),

@@ -401,7 +401,7 @@ class CommandAnswer(Struct, kw_only=True):
     stdout_bytes: Annotated[int, Meta(description="Bytes the command wrote, kept or not.")]
     stderr_bytes: int
     truncated: Annotated[bool, Meta(description="`output` is not all that the command wrote.")]
-    late: Annotated[bool, Meta(description="The result came after the command was taken for lost.")]
+    late: Annotated[bool, Meta(description="What the agent said later has refined an end that was not proved.")]
     created_at: float
     accepted_at: Annotated[float, Meta(description="When the agent was first known to hold it.")] | None
     started_at: float | None

@@ -12,7 +12,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from fleetwire_server.model import Command, CommandStatus, KilledProcess, OutputPiece
 from fleetwire_shared.errors import NotFoundError
 
-from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
+from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS, IS_ENDED_ALONE
 
 Stream: TypeAlias = Literal["stdout", "stderr"]
 
@@ -143,13 +143,8 @@ def count_open(connection: Connection, agent_id: str) -> int:
 
 def list_ended_alone(connection: Connection, agent_id: str, limit: int) -> list[Command]:
     """Return some of the agent's commands that were ended here without its word, see Command.is_ended_alone."""
-    wanted = select(COMMANDS).where(
-        COMMANDS.c.agent_id == agent_id,
-        COMMANDS.c.status.in_([CommandStatus.CANCELLED.value, CommandStatus.EXPIRED.value]),
-        COMMANDS.c.offered_to.is_(None),
-        COMMANDS.c.accepted_at.is_(None),
-    )
-    return [_command_from(row) for row in connection.execute(wanted.limit(limit))]
+    wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, IS_ENDED_ALONE).limit(limit)
+    return [_command_from(row) for row in connection.execute(wanted)]
 
 
 def list_queued(connection: Connection, agent_id: str, now: float, limit: int) -> list[Command]:

@@ -33,7 +33,7 @@ unsent             -            queued       -            -            -        
 cancel_asked       cancelled    offered      accepted     running      -            -           -
 time_over          expired      -            -            -            -            -           -
 accepted           accepted     accepted     -            -            accepted     accepted    accepted
-started            running      running      running      -            running      running     running
+started            running      running      running      running      running      running     running
 succeeded          succeeded    succeeded    succeeded    succeeded    succeeded    succeeded   succeeded
 failed             failed       failed       failed       failed       failed       failed      failed
 timed_out          timed_out    timed_out    timed_out    timed_out    timed_out    timed_out   timed_out

@@ -30,6 +30,7 @@ from fleetwire_shared.messages import (
     CommandOffer,
     CommandOutput,
     CommandRejected,
+    CommandStarted,
     CommandStored,
     Hello,
     LedgerEntry,
@@ -437,7 +438,7 @@ async def test_what_ends_unoffered_while_the_agent_is_here_is_asked_about_at_onc
 
 def make_finished(command_id: str = ID, **fields: Any) -> CommandFinished:
     defaults: dict[str, Any] = {
-        "status": "succeeded", "exit_code": 0, "stdout_bytes": 0, "stderr_bytes": 0, "started_at": 1.0,
+        "status": "succeeded", "exit_code": 0, "stdout_bytes": 0, "stderr_bytes": 0, "seconds_ago": 0.0,
         "duration_seconds": 2.0,
     }  # fmt: skip
     return CommandFinished(command_id=command_id, **defaults | fields)
@@ -445,6 +446,43 @@ def make_finished(command_id: str = ID, **fields: Any) -> CommandFinished:
 
 def make_entry(state: Literal["accepted", "running", "finished"], command_id: str = ID) -> LedgerEntry:
     return LedgerEntry(command_id=command_id, state=state, command="sleep 100" * 100, timeout_seconds=120.0)
+
+
+@pytest.mark.parametrize(
+    ("is_orphan", "started_ago", "ended_ago", "times"),
+    [
+        (False, 50.0, 20.0, (950.0, 980.0)),
+        (False, 5.0, 20.0, (978.0, 980.0)),  # its start was long under way
+        (False, 900.0, 800.0, (900.0, 900.0)),  # not before it was created
+        (False, -50.0, -20.0, (998.0, 1000.0)),  # nor later than now
+        (True, 900.0, 800.0, (100.0, 200.0)),  # it was there before it was known here
+    ],
+)
+async def test_the_history_shows_when_it_happened_and_not_when_it_was_heard(
+    world: World, is_orphan: bool, started_ago: float, ended_ago: float, times: tuple[float, float]
+) -> None:
+    await world.hold(status=CommandStatus.ACCEPTED, is_orphan=is_orphan, **SAME | TAKEN | {"created_at": 900.0})
+    session = await world.connect(make_hello(instance_id="i", ledger=(make_entry("running"),)))
+    assert (await world.command()).status == "running"  # the connect shows it before the agent tells since when
+    await world.dispatch.receive(session, [CommandStarted(command_id=ID, seconds_ago=started_ago)])
+    shown = (await world.command()).started_at
+    world.now += 5.0
+    await world.dispatch.receive(session, [CommandStarted(command_id=ID, seconds_ago=started_ago)])
+    assert (await world.command()).started_at == shown  # told again, it has not started again
+    world.now -= 5.0
+    await world.dispatch.receive(session, [make_finished(seconds_ago=ended_ago, duration_seconds=2.0)])
+    ended = await world.command()
+    assert (ended.started_at, ended.finished_at) == times
+
+
+async def test_an_end_that_counts_less_output_than_came_does_not_unsay_it(world: World) -> None:
+    """The command's directory was removed: the agent finds nothing there to count."""
+    await world.hold(status=CommandStatus.RUNNING, **SAME | TAKEN)
+    session = await world.connect(make_hello(ledger=(make_entry("running"),)))
+    piece = CommandOutput(command_id=ID, stream="stdout", position=0, offset=0, base64="YWJjZA==")
+    await world.dispatch.receive(session, [piece, make_finished(status="interrupted", exit_code=None)])
+    command = await world.command()
+    assert (command.status, command.stdout_bytes, command.truncated) == ("interrupted", 4, False)
 
 
 @pytest.mark.parametrize("state", STATES)

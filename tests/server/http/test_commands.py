@@ -69,12 +69,12 @@ async def hear(host: Host, kind: type[Any]) -> Any:
 
 async def say_accepted(host: Host, command_id: str) -> None:
     await host.agent.say(CommandAccepted(command_id=command_id))
-    await host.agent.say(CommandStarted(command_id=command_id, started_at=1.0))
+    await host.agent.say(CommandStarted(command_id=command_id, seconds_ago=0.1))
 
 
 async def say_finished(host: Host, command_id: str, **fields: Any) -> None:
     defaults: dict[str, Any] = {
-        "status": "succeeded", "exit_code": 0, "stdout_bytes": 0, "stderr_bytes": 0, "started_at": 1.0,
+        "status": "succeeded", "exit_code": 0, "stdout_bytes": 0, "stderr_bytes": 0, "seconds_ago": 0.0,
         "duration_seconds": 0.1,
     }  # fmt: skip
     await host.agent.say(CommandFinished(command_id=command_id, **defaults | fields))

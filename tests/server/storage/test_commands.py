@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -26,6 +27,23 @@ def get(connection: Connection, command_id: str = "cmd_1") -> Command:
     command = commands.get_command(connection, "agent_1", command_id)
     assert command is not None
     return command
+
+
+def count_steps(connection: Connection, look: Callable[[], list[Command]]) -> tuple[list[Command], int]:
+    """Return what is found, and how many steps SQLite's virtual machine took for it."""
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    driver = connection.connection.driver_connection
+    assert driver is not None
+    driver.set_progress_handler(count, 1)
+    found = look()
+    driver.set_progress_handler(None, 1)
+    return found, steps
 
 
 def text_of(pieces: list[OutputPiece]) -> bytes:
@@ -83,6 +101,16 @@ def test_only_what_was_ended_without_the_agents_word_is_ended_alone(with_command
     assert len(commands.list_ended_alone(with_command, "agent_1", 1)) == 1
 
 
+def test_what_was_ended_alone_is_found_without_reading_the_history(with_command: Connection) -> None:
+    for number in range(2, 3000):
+        status = CommandStatus.CANCELLED if number % 2 else CommandStatus.EXPIRED
+        offered_to = None if number in (7, 8) else "instance"
+        commands.add_command(with_command, make_command(f"cmd_{number}", status=status, offered_to=offered_to))
+    found, steps = count_steps(with_command, lambda: commands.list_ended_alone(with_command, "agent_1", 99))
+    assert {command.id for command in found} == {"cmd_7", "cmd_8"}
+    assert steps < 1000
+
+
 def test_only_queued_commands_past_their_time_are_expirable(with_command: Connection) -> None:
     commands.add_command(with_command, make_command("cmd_2", status=CommandStatus.OFFERED))
     commands.add_command(with_command, make_command("cmd_3", expires_at=5000.0))
@@ -94,19 +122,12 @@ def test_the_next_in_the_queue_are_found_without_reading_the_queue(with_command:
     for number in range(2, 3000):
         commands.add_command(with_command, make_command(f"cmd_{number}", expires_at=150.0 + number))
     commands.update_command(with_command, "cmd_1", [CommandStatus.QUEUED], status=CommandStatus.OFFERED)
-    steps = 0
 
-    def count_steps() -> int:
-        nonlocal steps
-        steps += 1
-        return 0
+    def look() -> list[Command]:
+        assert commands.has_queued(with_command, "agent_1")
+        return commands.list_queued(with_command, "agent_1", now=155.0, limit=3)
 
-    driver = with_command.connection.driver_connection
-    assert driver is not None
-    driver.set_progress_handler(count_steps, 1)
-    found = commands.list_queued(with_command, "agent_1", now=155.0, limit=3)
-    assert commands.has_queued(with_command, "agent_1")
-    driver.set_progress_handler(None, 1)
+    found, steps = count_steps(with_command, look)
     assert [command.id for command in found] == ["cmd_6", "cmd_7", "cmd_8"]  # in the order of the queue, with time left
     assert steps < 1000
     assert not commands.has_queued(with_command, "agent_2")

@@ -18,6 +18,14 @@ def upgrade() -> None:
         "UPDATE commands SET accepted_at = coalesce(started_at, created_at)"
         " WHERE started_at IS NOT NULL OR status IN ('accepted', 'running', 'lost')"
     )
+    is_ended_alone = sa.text("offered_to IS NULL AND accepted_at IS NULL AND status IN ('cancelled', 'expired')")
+    op.create_index(
+        "commands_ended_alone",
+        "commands",
+        ["agent_id", "status"],
+        sqlite_where=is_ended_alone,
+        postgresql_where=is_ended_alone,
+    )
     op.create_table(
         "command_keys",
         sa.Column("agent_id", sa.Text(), nullable=False),
