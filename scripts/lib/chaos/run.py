@@ -167,7 +167,7 @@ class Run:
     fleet: Fleet
     orders: Sequence[Order]
     record: Record
-    expects_end: bool = False  # of a part that `prefix` starts: it ends once, and is started again without
+    expects_kill: bool = False  # of a part that `prefix` starts: SIGKILL ends it, and it is started again without
     evidences: dict[str, Evidence] = field(init=False)
     crashes: list[Violation] = field(default_factory=list)
     _by_id: dict[str, Evidence] = field(default_factory=dict)
@@ -288,8 +288,8 @@ class Run:
                 if not part.is_wanted or part.is_running:
                     continue
                 part.is_wanted = False
-                if self.expects_end and part.prefix:
-                    self.record.add(f"FAULT the {part.name} ended with status {part.exit_status}")
+                if self.expects_kill and part.prefix and part.was_killed:
+                    self.record.add(f"FAULT the {part.name} was killed")
                     part.prefix = []
                 else:
                     detail = f"the {part.name} ended by itself with status {part.exit_status}:\n{part.last_words()}"
