@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from scripts.lib.chaos.faults import FAULTS
 from scripts.lib.chaos.report import format_history, format_table
 from scripts.lib.chaos.run import Outcome, make_plan, run_plan
 from tests.support.processes import ROOT
@@ -26,7 +27,9 @@ def test_2000_commands_survive_everything(tmp_path: Path) -> None:
     plan = make_plan(2000, seed=20, agents=1)
     outcome = asyncio.run(run_plan(plan, tmp_path))
     assert not outcome.violations, describe(outcome, tmp_path)
-    assert min(outcome.faults["agent kill"], outcome.faults["server kill"]) >= 15
+    assert min(outcome.faults["agent kill"], outcome.faults["server kill"]) >= 15, outcome.faults
+    assert all(outcome.faults[kind] >= 2 for kind in FAULTS), outcome.faults
+    assert outcome.strikes_at_work >= 0.9 * len(plan.strikes), format_table(outcome)
     print(format_table(outcome))
 
 

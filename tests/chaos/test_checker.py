@@ -34,6 +34,7 @@ def make_evidence(make: Make = make_quick, **changes: Any) -> Evidence:
         "stdout_bytes": len(stdout),
         "stderr_bytes": len(stderr),
         "truncated": False,
+        "late": False,
     }
     return Evidence(order=order, command_id="cmd_1", answer=answer | changes, stdout=stdout, stderr=stderr)
 
@@ -102,26 +103,33 @@ def test_wrong_output_is_found() -> None:
     evidence.stdout = b"0" + evidence.stdout[1:]
     assert rules(evidence, TOKEN) == ["wrong output"]
     evidence.stdout += b"0"
-    assert rules(evidence, TOKEN) == ["wrong output", "output missing"]
+    assert rules(evidence, TOKEN) == ["wrong output"]
+    assert "holds" in check([evidence], [TOKEN])[0].detail
 
 
-def test_missing_output_must_be_said() -> None:
-    evidence = make_evidence(make_output)
+@pytest.mark.parametrize("make", [make_output, make_failing])
+@pytest.mark.parametrize("is_said", [False, True])
+def test_missing_output_is_found_whether_said_or_not(make: Make, *, is_said: bool) -> None:
+    evidence = make_evidence(make, truncated=is_said)
     assert evidence.stdout
     evidence.stdout = evidence.stdout[5:]
+    evidence.said_missing = 5 if is_said else 0
     assert rules(evidence, TOKEN) == ["output missing"]
-    evidence.answer = {**(evidence.answer or {}), "truncated": True}
-    assert rules(evidence, TOKEN) == ["output missing"]
-    evidence.said_missing = 5
-    assert rules(evidence, TOKEN) == []
 
 
-def test_an_end_that_changes_is_found_unless_it_was_not_proved() -> None:
+def test_an_end_that_changes_is_found() -> None:
     evidence = make_evidence()
-    evidence.ends_seen = ["lost", "succeeded"]
-    assert rules(evidence, TOKEN) == []
     evidence.ends_seen = ["cancelled", "succeeded"]
     assert rules(evidence, TOKEN) == ["end changed"]
+
+
+@pytest.mark.parametrize("end", ["lost", "interrupted"])
+def test_an_end_that_nobody_knew_is_wrong_also_when_the_truth_came_later(end: str) -> None:
+    seen, unseen = make_evidence(), make_evidence(late=True)
+    seen.ends_seen = [end, "succeeded"]
+    assert (rules(seen, TOKEN), rules(unseen, TOKEN)) == (["unproved end"], ["late end"])
+    seen.excused = unseen.excused = {end}
+    assert rules(seen, TOKEN) == rules(unseen, TOKEN) == []
 
 
 def test_processes_that_are_left_are_found() -> None:

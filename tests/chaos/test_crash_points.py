@@ -14,7 +14,7 @@ import pytest
 from scripts.lib.chaos.checker import Violation
 from scripts.lib.chaos.client import Client
 from scripts.lib.chaos.faults import Target
-from scripts.lib.chaos.parts import RUN_VARIABLE, Agent, ChaosError, Server, closing
+from scripts.lib.chaos.parts import RUN_VARIABLE, Agent, ChaosError, Part, Server, closing
 from scripts.lib.chaos.record import Record
 from scripts.lib.chaos.report import find_traces
 from scripts.lib.chaos.run import Fleet, Run, running_fleet
@@ -80,14 +80,24 @@ def expect_truth(lives: Sequence[Life]) -> None:
     assert not any(life.story for life in lives), "\n".join(line for life in lives for line in life.story)
 
 
+async def stop(part: Part) -> bool:
+    """Ask it to end; return whether it was killed instead, or had been before. Raises ChaosError: it died otherwise."""
+    await part.stop()
+    if part.exit_status != 0 and not part.was_killed:
+        raise ChaosError(f"the {part.name} ended with status {part.exit_status}:\n{part.last_words()}")
+    return part.was_killed or not part.prefix
+
+
 Live: TypeAlias = Callable[[Sync, str], Awaitable[Life]]
+FindLogs: TypeAlias = Callable[[str], Sequence[Path]]
 
 
-async def live_all(live: Live, syncs: Sequence[Sync], *, at_once: int) -> list[Life]:
+async def live_all(live: Live, syncs: Sequence[Sync], find_logs: FindLogs, *, at_once: int) -> list[Life]:
     """Kill at each of these and return what came of it. `live` gets a name that nothing else has.
 
-    A machine that is busy makes one sync of two, so that a life may end before its n-th. It is repeated until every
-    number has killed, from the first to the last that did; were that last far from the expected, little was tested."""
+    A machine that is busy makes one sync of two, so that a life may end before its n-th: its logs, which `find_logs`
+    returns by the life's name, prove that it did. It is repeated until every number has killed, from the first to the
+    last that did; were that last far from the expected, little was tested."""
     assert syncs, "it never synced: what it says is not durable"
     gate = asyncio.Semaphore(at_once)
     struck = set[Sync]()
@@ -95,10 +105,12 @@ async def live_all(live: Live, syncs: Sequence[Sync], *, at_once: int) -> list[L
 
     async def one(sync: Sync, attempt: int) -> None:
         async with gate:
-            life = await live(sync, f"{sync}.{attempt}")
+            life = await live(sync, name := f"{sync}.{attempt}")
         lives.append(life)
         if life.was_killed:
             struck.add(sync)
+        else:
+            assert sync not in list_syncs(*find_logs(name)), f"{name}: it came to that sync, and was not killed at it"
 
     missed = list(syncs)
     for attempt in range(1, ATTEMPTS + 1):
@@ -128,10 +140,15 @@ async def live_agent(
     directory: Path,
     prefix: Sequence[str],
     *,
+    expects_kill: bool = False,
     excused: Set[str] = frozenset(),
     is_first_start: bool = True,
 ) -> Life:
-    """Run the handful by an agent that is started by `prefix`, then once more without it. `excused`: see Evidence."""
+    """Run the handful by an agent that is started by `prefix`, then once more without it.
+
+    Args:
+        expects_kill: see Run; of the agent itself.
+        excused: see Evidence."""
     directory.mkdir()
     canary = directory / "canary"
     canary.touch()
@@ -152,12 +169,12 @@ async def live_agent(
         agent.prefix = list(prefix)
         await agent.start()
         own = Fleet(directory, Target(fleet.target.server, (agent,), ()), fleet.client, canary)
-        run = Run(own, make_handful(), Record(), expects_end=True)
+        run = Run(own, make_handful(), Record(), expects_kill=expects_kill)
         for evidence in run.evidences.values():
             evidence.excused = excused
         await run.go([])
-        await agent.stop()
-        was_killed = agent.exit_status == -9 or not agent.prefix
+        if (was_killed := await stop(agent)) and not expects_kill:
+            raise ChaosError(f"the agent was killed, and only its runners were to be:\n{agent.last_words()}")
         agent.prefix = []
         await agent.start()
         await agent.wait_until_connected()
@@ -173,12 +190,18 @@ async def test_an_agent_may_be_killed_at_any_sync(tmp_path: Path, *, is_first_st
 
         async def live(sync: Sync | None, name: str) -> Life:
             prefix = tracing(tmp_path / f"syncs-{name}", kill_at=sync)
-            return await live_agent(fleet, tmp_path / f"agent-{name}", prefix, is_first_start=is_first_start)
+            return await live_agent(
+                fleet,
+                tmp_path / f"agent-{name}",
+                prefix,
+                expects_kill=sync is not None,
+                is_first_start=is_first_start,
+            )
 
         expect_truth([await live(None, "undisturbed")])
         syncs = list_syncs(tmp_path / "syncs-undisturbed")
         assert is_first_start or count_syncs(tmp_path / "syncs-undisturbed") == len(syncs)
-        expect_truth(await live_all(live, syncs, at_once=AGENTS_AT_ONCE))
+        expect_truth(await live_all(live, syncs, lambda name: [tmp_path / f"syncs-{name}"], at_once=AGENTS_AT_ONCE))
 
 
 # ---------------------------------------------------------------- what watches a command
@@ -195,11 +218,14 @@ async def test_a_runner_may_be_killed_at_any_sync(tmp_path: Path) -> None:
             prefix = tracing_runners(tmp_path / f"python-{name}", tmp_path / f"syncs-{name}", kill_at=sync)
             excused = {"interrupted"} if sync else set[str]()
             life = await live_agent(fleet, tmp_path / f"agent-{name}", prefix, excused=excused)
-            return replace(life, was_killed=has_killed(*tmp_path.glob(f"syncs-{name}-[0-9]*")))
+            return replace(life, was_killed=has_killed(*find_logs(name)))
+
+        def find_logs(name: str) -> list[Path]:
+            return list(tmp_path.glob(f"syncs-{name}-[0-9]*"))
 
         expect_truth([await live(None, "undisturbed")])
-        syncs = list_syncs(*tmp_path.glob("syncs-undisturbed-*"))
-        expect_truth(await live_all(live, syncs, at_once=AGENTS_AT_ONCE))
+        syncs = list_syncs(*find_logs("undisturbed"))
+        expect_truth(await live_all(live, syncs, find_logs, at_once=AGENTS_AT_ONCE))
 
 
 # ---------------------------------------------------------------- the server
@@ -238,7 +264,7 @@ def fold_log(database: Path) -> None:
     connection.close()
 
 
-async def live_server(prepared: Prepared, directory: Path, prefix: Sequence[str]) -> Life:
+async def live_server(prepared: Prepared, directory: Path, prefix: Sequence[str], *, expects_kill: bool) -> Life:
     """Run the handful through a server that is started by `prefix`, and once more without it."""
     directory.mkdir()
     canary = directory / "canary"
@@ -260,7 +286,7 @@ async def live_server(prepared: Prepared, directory: Path, prefix: Sequence[str]
         try:
             await server.start()
         except ChaosError:
-            if server.exit_status != -9:
+            if not server.was_killed:
                 raise
             server.prefix = []
             await server.start()
@@ -271,13 +297,12 @@ async def live_server(prepared: Prepared, directory: Path, prefix: Sequence[str]
                 Fleet(directory, Target(server, (agent,), ()), client, canary),
                 make_handful(),
                 Record(),
-                expects_end=True,
+                expects_kill=expects_kill,
             )
             await run.go([])
             if was_killed := not server.prefix:
                 return tell(directory.name, run, await run.finish(), was_killed=was_killed)
-            await server.stop()
-            was_killed = server.exit_status == -9
+            was_killed = await stop(server)
             server.prefix = []
             await server.start()
             await agent.stop()
@@ -292,12 +317,12 @@ async def test_a_server_may_be_killed_at_any_sync(tmp_path: Path) -> None:
 
     async def live(sync: Sync | None, name: str) -> Life:
         prefix = tracing(tmp_path / f"syncs-{name}", kill_at=sync)
-        return await live_server(prepared, tmp_path / f"server-{name}", prefix)
+        return await live_server(prepared, tmp_path / f"server-{name}", prefix, expects_kill=sync is not None)
 
     expect_truth([await live(None, "undisturbed")])
     syncs = list_syncs(tmp_path / "syncs-undisturbed")
     assert count_syncs(tmp_path / "syncs-undisturbed") == len(syncs)
-    expect_truth(await live_all(live, syncs, at_once=SERVERS_AT_ONCE))
+    expect_truth(await live_all(live, syncs, lambda name: [tmp_path / f"syncs-{name}"], at_once=SERVERS_AT_ONCE))
 
 
 async def start_first(directory: Path, prefix: Sequence[str]) -> Life:
@@ -308,11 +333,11 @@ async def start_first(directory: Path, prefix: Sequence[str]) -> Life:
     with closing([server], str(directory)):
         try:
             await server.start()
-            await server.stop()
+            was_killed = await stop(server)
         except ChaosError:
-            if server.exit_status != -9:
+            if not server.was_killed:
                 raise
-        was_killed = server.exit_status == -9
+            was_killed = True
         server.prefix = []
         await server.start()
         async with Client(server.url) as client:
@@ -341,4 +366,4 @@ async def test_a_server_may_be_killed_at_any_sync_of_its_first_start(tmp_path: P
     await live(None, "undisturbed")
     syncs = list_syncs(tmp_path / "syncs-undisturbed")
     assert not has_tables or count_syncs(tmp_path / "syncs-undisturbed") == len(syncs)
-    await live_all(live, syncs, at_once=SERVERS_AT_ONCE)
+    await live_all(live, syncs, lambda name: [tmp_path / f"syncs-{name}"], at_once=SERVERS_AT_ONCE)

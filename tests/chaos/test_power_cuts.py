@@ -24,10 +24,8 @@ from scripts.lib.chaos.record import Record
 from scripts.lib.chaos.report import find_traces
 from scripts.lib.chaos.run import Fleet, Run, make_plan
 from tests.support.disks import (
-    NO_POWER_CUTS,
     booted_again,
     copy_as_a_power_cut_leaves_it,
-    find_disk_obstacles,
     mounted,
     new_disk,
 )
@@ -91,9 +89,7 @@ Attempt: TypeAlias = Callable[[Cuts, Cut], Awaitable[list[str]]]
 
 
 @pytest.fixture(scope="module")
-def cuts(tmp_path_factory: pytest.TempPathFactory) -> Cuts:
-    if obstacles := find_disk_obstacles():
-        pytest.skip(f"{NO_POWER_CUTS}: {' '.join(obstacles)}")
+def cuts(power_cuts: None, tmp_path_factory: pytest.TempPathFactory) -> Cuts:
     return asyncio.run(run_and_cut(tmp_path_factory.mktemp("power")))
 
 

@@ -1,7 +1,6 @@
 """Killing a process exactly when it asks the kernel to make a file durable."""
 
 import shlex
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -12,9 +11,7 @@ import pytest
 
 CALLS: Final = ("fsync", "fdatasync")
 NO_STRACE: Final = "NOT TESTED: KILLS AT EVERY SYNC"
-needs_strace = pytest.mark.skipif(
-    shutil.which("strace") is None, reason=f"{NO_STRACE}: strace is not there: apt-get install strace"
-)
+needs_strace = pytest.mark.usefixtures("strace")
 
 
 class Sync(NamedTuple):

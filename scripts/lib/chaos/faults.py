@@ -41,45 +41,60 @@ class Strike:
     faults: tuple[Fault, ...]
 
 
-async def kill_part(part: Part, seconds: float) -> None:
+async def kill_part(part: Part, seconds: float) -> bool:
+    was_running = part.is_running
     await part.kill()
+    has_struck = was_running and part.was_killed
     await asyncio.sleep(seconds)
     await part.start()
+    return has_struck
 
 
-async def restart_part(part: Part, seconds: float) -> None:
+async def restart_part(part: Part, seconds: float) -> bool:
+    was_running = part.is_running
     await part.stop()
+    has_struck = was_running and part.exit_status == 0
     await asyncio.sleep(seconds)
     await part.start()
+    return has_struck
 
 
-async def pause_part(part: Part, seconds: float) -> None:
+async def pause_part(part: Part, seconds: float) -> bool:
     part.pause()
     await asyncio.sleep(seconds)
+    has_struck = part.is_paused and part.is_running
     part.resume()
+    return has_struck
 
 
-async def delay_link(link: CuttableLink, seconds: float) -> None:
+async def delay_link(link: CuttableLink, seconds: float) -> bool:
     """Packets are late, and none is lost."""
+    has_struck = link.is_used
     link.cut()
     await asyncio.sleep(seconds)
     link.heal(resume=True)
+    return has_struck
 
 
-async def lose_link(link: CuttableLink, seconds: float) -> None:
+async def lose_link(link: CuttableLink, seconds: float) -> bool:
     """What was connected hears nothing ever again; as long again, and what still tries is told so by a reset."""
+    has_struck = link.is_used
     link.cut()
     await asyncio.sleep(seconds)
     link.heal()
     await asyncio.sleep(seconds)
     link.reset()
+    return has_struck
 
 
-async def reset_link(link: CuttableLink, _: float) -> None:
+async def reset_link(link: CuttableLink, _: float) -> bool:
+    has_struck = link.is_used
     link.reset()
+    return has_struck
 
 
-_Deed = Callable[[Target, Fault], Awaitable[None]]
+_Deed = Callable[[Target, Fault], Awaitable[bool]]
+"""Returns whether it struck: what it was done to was there, and ended as the fault ends it."""
 
 _DEEDS: Final[Mapping[str, _Deed]] = {
     "server kill": lambda target, fault: kill_part(target.server, fault.seconds),
@@ -92,6 +107,8 @@ _DEEDS: Final[Mapping[str, _Deed]] = {
     "link loss": lambda target, fault: lose_link(target.links[fault.agent], fault.seconds),
     "link reset": lambda target, fault: reset_link(target.links[fault.agent], fault.seconds),
 }
+FAULTS: Final = tuple(_DEEDS)
+
 _FIRST: Final[Mapping[str, int]] = {
     "server kill": 8,
     "server restart": 1,
@@ -138,15 +155,16 @@ class _Bag:
         return self._left.pop()
 
 
-async def strike(target: Target, planned: Strike, record: Record) -> None:
-    """Do the faults of one strike; return when all are over and what was ended runs again."""
+async def strike(target: Target, planned: Strike, record: Record) -> list[str]:
+    """Do the faults of one strike; return, when all are over and what was ended runs again, the kinds that struck."""
     async with asyncio.TaskGroup() as group:
-        for fault in planned.faults:
-            group.create_task(_do(target, fault, record))
+        tasks = [(fault.kind, group.create_task(_do(target, fault, record))) for fault in planned.faults]
+    return [kind for kind, task in tasks if task.result()]
 
 
-async def _do(target: Target, fault: Fault, record: Record) -> None:
+async def _do(target: Target, fault: Fault, record: Record) -> bool:
     where = "" if fault.side == "server" or len(target.agents) == 1 else f" of agent {fault.agent}"
     record.add(f"FAULT {fault.kind}{where}, {fault.seconds:.1f} s")
-    await _DEEDS[fault.kind](target, fault)
-    record.add(f"over: {fault.kind}{where}")
+    has_struck = await _DEEDS[fault.kind](target, fault)
+    record.add(f"over: {fault.kind}{where}{'' if has_struck else ', which struck nothing'}")
+    return has_struck

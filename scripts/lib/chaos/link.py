@@ -58,6 +58,11 @@ class CuttableLink:
     def is_cut(self) -> bool:
         return not self._open.is_set()
 
+    @property
+    def is_used(self) -> bool:
+        """Whether somebody is connected."""
+        return bool(self._connections)
+
     def cut(self) -> None:
         self._open.clear()
 

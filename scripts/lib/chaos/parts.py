@@ -66,6 +66,11 @@ class Part:
     def exit_status(self) -> int | None:
         return None if self._process is None else self._process.poll()
 
+    @property
+    def was_killed(self) -> bool:
+        """Whether SIGKILL has ended its last life."""
+        return self.exit_status == -signal.SIGKILL
+
     def spawn(self) -> None:
         """Start it; that it is ready is for `wait_until_ready` to tell."""
         assert not self.is_running, f"{self.name} runs already"

@@ -29,6 +29,7 @@ def format_table(outcome: Outcome) -> str:
         "seed": plan.seed,
         "duration": f"{outcome.seconds:.0f} s",
         "faults": ", ".join(f"{count} x {kind}" for kind, count in sorted(outcome.faults.items())) or "none",
+        "strikes": f"{outcome.strikes}, {outcome.strikes_at_work} of them while commands were not over",
         "executions": len(outcome.executions),
         "duplicates": sum(count - 1 for count in runs.values()),
         "outputs with a gap": cut,

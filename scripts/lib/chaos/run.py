@@ -46,13 +46,19 @@ class Plan:
 
 @dataclass(slots=True, kw_only=True)
 class Outcome:
-    """What happened."""
+    """What happened.
+
+    Args:
+        faults: how many of each kind struck.
+        strikes: how many there were, and how many of them while a command was acknowledged and not over."""
 
     plan: Plan
     evidences: Sequence[Evidence]
     violations: Sequence[Violation]
     executions: Sequence[str]
     faults: Counter[str]
+    strikes: int
+    strikes_at_work: int
     record: Record
     seconds: float
 
@@ -83,13 +89,14 @@ async def run_plan(plan: Plan, directory: Path) -> Outcome:
             violations = await run.finish()
     except ExceptionGroup as group:
         raise find_cause(group) from group
-    faults = Counter(fault.kind for planned in plan.strikes for fault in planned.faults)
     return Outcome(
         plan=plan,
         evidences=list(run.evidences.values()),
         violations=violations,
         executions=fleet.read_executions(),
-        faults=faults,
+        faults=run.faults,
+        strikes=run.strikes,
+        strikes_at_work=run.strikes_at_work,
         record=record,
         seconds=record.seconds,
     )
@@ -167,9 +174,12 @@ class Run:
     fleet: Fleet
     orders: Sequence[Order]
     record: Record
-    expects_end: bool = False  # of a part that `prefix` starts: it ends once, and is started again without
+    expects_kill: bool = False  # of a part that `prefix` starts: SIGKILL ends it, and it is started again without
     evidences: dict[str, Evidence] = field(init=False)
     crashes: list[Violation] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)  # those that struck
+    strikes: int = 0
+    strikes_at_work: int = 0  # of them, those that fell while a command was acknowledged and not over
     _by_id: dict[str, Evidence] = field(default_factory=dict)
     _events: dict[str, list[str]] = field(default_factory=dict)  # of ids that no submit was answered with, so far
 
@@ -206,7 +216,9 @@ class Run:
     async def _strike(self, strikes: Sequence[Strike]) -> None:
         for planned in strikes:
             await asyncio.sleep(planned.after)
-            await strike(self.fleet.target, planned, self.record)
+            self.strikes += 1
+            self.strikes_at_work += any(not evidence.ends_seen for evidence in self._by_id.values())
+            self.faults.update(await strike(self.fleet.target, planned, self.record))
         for agent in self.fleet.target.agents:  # the last backoff need not be waited for
             if strikes:
                 await agent.stop()
@@ -288,8 +300,8 @@ class Run:
                 if not part.is_wanted or part.is_running:
                     continue
                 part.is_wanted = False
-                if self.expects_end and part.prefix:
-                    self.record.add(f"FAULT the {part.name} ended with status {part.exit_status}")
+                if self.expects_kill and part.prefix and part.was_killed:
+                    self.record.add(f"FAULT the {part.name} was killed")
                     part.prefix = []
                 else:
                     detail = f"the {part.name} ended by itself with status {part.exit_status}:\n{part.last_words()}"
