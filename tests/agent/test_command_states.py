@@ -16,7 +16,7 @@ cancelled  ended:remember   finished:withdraw  starting:stop     running:stop   
 expired    -                finished:withdraw  -                 -                -                -
 started    -                starting:start     -                 -                -                -
 ran        -                -                  running:record    -                -                -
-never_ran  -                -                  accepted:requeue  -                -                -
+never_ran  -                accepted:record    accepted:requeue  -                -                -
 finished   -                finished:record    finished:record   finished:record  -                -
 stored     -                -                  -                 -                ended:record     -
 forgotten  -                finished:withdraw  starting:mute     running:mute     ended:record     -

@@ -450,6 +450,21 @@ async def test_a_command_whose_directory_is_removed_while_it_runs_is_interrupted
     assert (tmp_path / "runs").read_text() == "ran\n"
 
 
+async def test_a_command_that_was_seen_to_run_is_not_run_again_where_its_claim_is_gone(tmp_path: Path) -> None:
+    async with open_rig(tmp_path / "state") as rig:
+        rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs; echo $$; sleep 600"))
+        pid = await rig.first_line()
+        directory = rig.entry().directory
+        assert directory
+        (directory / files.CLAIM).unlink()
+        os.kill(find_runner(rig), signal.SIGKILL)
+        assert (await rig.result_of()).status == "interrupted"
+        assert read_process(pid) is None
+    async with open_rig(tmp_path / "state") as rig:
+        assert (await rig.result_of()).status == "interrupted"
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
 async def test_an_agent_that_takes_no_more_commands_says_why(tmp_path: Path) -> None:
     async with open_rig(tmp_path, max_at_once=1) as rig:
         for number in range(MAX_HELD_COMMANDS + 1):
