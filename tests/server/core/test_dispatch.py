@@ -152,7 +152,7 @@ HELD: list[Cell] = [
     ("queued", {}, "finished", "queued", "keep", None),
     *(("offered", with_, state, state, "keep", None) for with_ in (SAME, OTHER | LATE) for state in STATES[:2]),
     ("offered", SAME | ASKED, "running", "running", "keep", "cancelled"),
-    ("offered", SAME | ASKED, "finished", "offered", "keep", None),
+    *(("offered", with_, "finished", "offered", "keep", None) for with_ in (SAME, OTHER | LATE, SAME | ASKED)),
     ("accepted", SAME | TAKEN, "accepted", "accepted", "keep", None),
     ("accepted", SAME | TAKEN | ASKED, "accepted", "accepted", "keep", "cancelled"),
     ("accepted", SAME | TAKEN, "running", "running", "keep", None),
@@ -160,6 +160,8 @@ HELD: list[Cell] = [
     ("running", SAME | TAKEN, "accepted", "running", "keep", None),
     ("running", SAME | TAKEN, "running", "running", "keep", None),
     ("running", OTHER | TAKEN, "finished", "running", "keep", None),
+    *(("lost", with_, state, state, "keep", None) for with_ in (SAME, OTHER | LATE) for state in STATES[:2]),
+    *(("lost", with_, "finished", "lost", "keep", None) for with_ in (SAME, OTHER | LATE)),
     *((status, TAKEN, state, state, "keep", None) for status in ("lost", "interrupted") for state in STATES[:2]),
     ("lost", TAKEN | ASKED, "running", "running", "keep", "cancelled"),
     *((status, TAKEN, "finished", status, "keep", None) for status in ("lost", "interrupted")),
@@ -201,6 +203,31 @@ async def test_every_cell_of_a_connect(
     else:
         assert settled.changed == []
         assert not stored.late
+
+
+@pytest.mark.parametrize(("before", "fields"), [cell[:2] for cell in HELD if cell[2] == "finished"])
+async def test_an_end_that_a_connect_announced_is_stored_or_compared_and_acknowledged(
+    world: World, before: str, fields: dict[str, Any]
+) -> None:
+    """The rest of each cell of `finished`: what the agent then sends."""
+    await world.hold(status=CommandStatus(before), **fields)
+    held = await world.command()
+    session = await world.connect(make_hello(instance_id="i", ledger=(LedgerEntry(command_id=ID, state="finished"),)))
+    end = make_finished(status="failed", exit_code=7, stdout_bytes=3, seconds_ago=0.0)
+    await world.dispatch.receive(session, [CommandStarted(command_id=ID, seconds_ago=2.0), end])
+    offers = ["command_offer"] if before == "queued" else []  # which the agent answers by what it holds
+    assert [message.type for message in world.link.sent] == [*offers, "command_stored"]
+    assert session.command_ids == set()
+    stored = await world.command()
+    if before in PROVED and fields == TAKEN:
+        assert stored == held
+    else:
+        assert (stored.status, stored.exit_code, stored.stdout_bytes) == ("failed", 7, 3)
+        assert (stored.finished_at, stored.accepted_at is not None) == (NOW, True)
+        assert stored.late == (before in ("lost", "interrupted", "cancelled", "expired"))
+    await world.connect()  # settled for good: the agent holds it no more
+    assert world.link.sent == []
+    assert await world.command() == stored
 
 
 async def test_what_nobody_expects_is_warned_of(world: World, caplog: pytest.LogCaptureFixture) -> None:
