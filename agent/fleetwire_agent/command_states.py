@@ -43,6 +43,12 @@ class Action(StrEnum):
     MUTE = "mute"  # say no more of it; a command that still runs goes on
 
 
+WRITING: Final = frozenset(
+    {Action.ACCEPT, Action.REMEMBER, Action.WITHDRAW, Action.START, Action.REQUEUE, Action.RECORD}
+)
+"""What changes the ledger."""
+
+
 class Move(NamedTuple):
     to: State
     action: Action
@@ -59,6 +65,7 @@ TABLE: Final[Mapping[tuple[State, Event], Move]] = {
     (_S.ACCEPTED, _E.CANCELLED): Move(_S.FINISHED, _A.WITHDRAW),
     (_S.ACCEPTED, _E.EXPIRED): Move(_S.FINISHED, _A.WITHDRAW),
     (_S.ACCEPTED, _E.STARTED): Move(_S.STARTING, _A.START),
+    (_S.ACCEPTED, _E.NEVER_RAN): Move(_S.ACCEPTED, _A.RECORD),  # its runner waited for the word of an earlier agent
     (_S.ACCEPTED, _E.FINISHED): Move(_S.FINISHED, _A.RECORD),  # it could not be prepared
     (_S.ACCEPTED, _E.FORGOTTEN): Move(_S.FINISHED, _A.WITHDRAW),
     (_S.STARTING, _E.OFFERED): Move(_S.STARTING, _A.REPORT),

@@ -454,7 +454,9 @@ class Commands:
             error = _LEDGER_DAMAGED
         try:
             result = await asyncio.to_thread(files.read_result, str(directory))
-            is_provable = entry.started_boot_id == self._ledger.boot_id
+            # What was seen to run has run, also where its claim was removed.
+            may_be_unstarted = move(entry.state, Event.NEVER_RAN).action is Action.REQUEUE
+            is_provable = may_be_unstarted and entry.started_boot_id == self._ledger.boot_id
             if result is None and is_provable and await asyncio.to_thread(self._claim, directory):
                 self._start_again(run, problem)
                 return

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal, TypeAlias, cast
 
-from fleetwire_agent.command_states import Event, State, move
+from fleetwire_agent.command_states import WRITING, Event, State, move
 from fleetwire_agent.ledger_file import LedgerFile
 from fleetwire_agent.moments import Moment
 from fleetwire_agent.runner.files import COMMANDS, keep_reserve
@@ -542,7 +542,15 @@ class Ledger:
         return saved
 
     def _move(self, entry: Entry, event: Event) -> None:
-        entry.state = move(entry.state, event).to
+        """Bring the entry into its next state, before anything of it is changed or written.
+
+        Raises:
+            RuntimeError: nothing is to be written of that event in that state; what runs or is over would be undone."""
+        to, action = move(entry.state, event)
+        if action not in WRITING:
+            states = " or ".join(state for state in State if move(state, event).action in WRITING)
+            raise RuntimeError(f"{entry.command_id} is {entry.state}: {event} is written only of what is {states}")
+        entry.state = to
 
     def _remember(self, ending: Ending, ended: Moment) -> None:
         short = replace(ending, killed=()) if isinstance(ending, CommandFinished) else ending

@@ -60,7 +60,7 @@ class Settlement:
     """The server's answer to one `LedgerEntry`.
 
     keep: go on; send output from `output_position` on, and the result when there is one.
-    forget: the server has the result, or never will want it.
+    forget: the server has the result, or never will want it. What waits does not start; what runs goes on.
     cancel: stop the command; the server has ended it meanwhile."""
 
     command_id: str

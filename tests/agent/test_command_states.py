@@ -9,9 +9,28 @@ from fleetwire_agent.command_states import TABLE, Action, Event, State, move
 
 MAY_HAVE_RUN = (State.STARTING, State.RUNNING, State.FINISHED, State.ENDED)
 
+EXPECTED = """
+           unknown          accepted           starting          running          finished         ended
+offered    accepted:accept  accepted:report    starting:report   running:report   finished:report  ended:answer
+cancelled  ended:remember   finished:withdraw  starting:stop     running:stop     -                ended:answer
+expired    -                finished:withdraw  -                 -                -                -
+started    -                starting:start     -                 -                -                -
+ran        -                -                  running:record    -                -                -
+never_ran  -                accepted:record    accepted:requeue  -                -                -
+finished   -                finished:record    finished:record   finished:record  -                -
+stored     -                -                  -                 -                ended:record     -
+forgotten  -                finished:withdraw  starting:mute     running:mute     ended:record     -
+"""
+"""Where each event leads from each state, and what is done; `-` is no change, and nothing to be done."""
 
-def test_every_event_in_every_state_is_in_the_table() -> None:
-    assert set(TABLE) == set(product(State, Event))
+
+def test_every_cell() -> None:
+    states, *rows = [line.split() for line in EXPECTED.strip().splitlines()]
+    cells = {(state, event): cell for event, *row in rows for state, cell in zip(states, row, strict=True)}
+    assert set(cells) == set(TABLE) == set(product(State, Event))
+    for (state, event), cell in cells.items():
+        to, action = (state, "none") if cell == "-" else cell.split(":")
+        assert move(State(state), Event(event)) == (to, action), (state, event)
 
 
 @pytest.mark.parametrize(("state", "event"), list(product(MAY_HAVE_RUN, Event)))

@@ -8,7 +8,7 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +48,16 @@ def make_ending(command_id: str = "cmd_1", *, seconds_ago: float = 0.0) -> Comma
         seconds_ago=seconds_ago,
         duration_seconds=1.0,
     )
+
+
+REFUSED: dict[str, tuple[tuple[State, ...], str]] = {
+    "starting": ((State.STARTING, State.RUNNING, State.FINISHED), "accepted"),
+    "running": ((State.ACCEPTED, State.RUNNING, State.FINISHED), "starting"),
+    "never_ran": ((State.RUNNING, State.FINISHED), "accepted or starting"),
+    "finished": ((State.FINISHED,), "accepted or starting or running"),
+    "withdrawn": ((State.STARTING, State.RUNNING, State.FINISHED), "unknown or accepted"),
+}
+"""What is not written of a command, in which states, and of what it is."""
 
 
 @dataclass
@@ -183,6 +193,47 @@ async def test_a_ledger_that_is_opened_again_knows_its_commands(tmp_path: Path) 
             assert not ledger.is_reported.is_set()
             ledger.answer_again("cmd_ended")
             assert make_ending("cmd_ended") in ledger.next_messages()
+
+
+@pytest.mark.parametrize(
+    ("what", "state"), [(what, state) for what, (states, _) in REFUSED.items() for state in states]
+)
+async def test_what_cannot_happen_to_a_command_is_not_written(tmp_path: Path, what: str, state: State) -> None:
+    """Or the next agent would run again what has run, or tell another end of it."""
+    async with open_ledger(tmp_path) as opened:
+        ledger = opened.ledger
+        if state is State.ACCEPTED:
+            entry = await opened.add()
+        else:
+            entry = await opened.add_started(started_boottime=None if state is State.STARTING else 7.0)
+        if state is State.FINISHED:
+            ledger.finish(entry, make_ending())
+        assert entry.state is state
+        before = replace(entry)
+        right = REFUSED[what][1]
+        with pytest.raises(RuntimeError, match=f"^cmd_1 is {state}: .* is written only of what is {right}$"):
+            await write_down(ledger, entry, what)
+        await opened.add("cmd_2")  # is on disk after all that was written
+        assert replace(entry, is_ending_on_disk=before.is_ending_on_disk) == before
+    async with open_ledger(tmp_path) as opened:
+        after = opened.get("cmd_1")
+        assert (after.state, after.attempt, after.started) == (state, 1, before.started)
+        assert (after.ending, after.ended) == (before.ending, before.ended)
+
+
+async def write_down(ledger: Ledger, entry: Entry, what: str) -> None:
+    match what:
+        case "starting":
+            await ledger.record_starting(entry)
+        case "running":
+            ledger.record_running(entry, 9.0)
+        case "never_ran":
+            ledger.record_never_ran(entry)
+        case "finished":
+            ledger.finish(entry, replace(make_ending(), status="interrupted"))
+        case _:
+            withdrawn = CommandRejected(command_id=entry.command_id, reason="cancelled", message="cancelled")
+            ledger.finish(entry, withdrawn, Event.CANCELLED)
 
 
 async def test_a_ledger_that_was_compacted_knows_the_same(tmp_path: Path) -> None:

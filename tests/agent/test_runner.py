@@ -39,7 +39,7 @@ from fleetwire_agent.runners import (
     parse_systemd_version,
     stop_commands,
 )
-from fleetwire_shared.messages import CommandCancel
+from fleetwire_shared.messages import CommandCancel, Settlement
 
 
 def find_runner(rig: Rig, command_id: str = "cmd_1") -> int:
@@ -448,6 +448,50 @@ async def test_a_command_whose_directory_is_removed_while_it_runs_is_interrupted
         assert result.error
         assert "directory on the host was removed" in result.error
     assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_a_command_that_was_seen_to_run_is_not_run_again_where_its_claim_is_gone(tmp_path: Path) -> None:
+    async with open_rig(tmp_path / "state") as rig:
+        rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs; echo $$; sleep 600"))
+        pid = await rig.first_line()
+        directory = rig.entry().directory
+        assert directory
+        (directory / files.CLAIM).unlink()
+        os.kill(find_runner(rig), signal.SIGKILL)
+        assert (await rig.result_of()).status == "interrupted"
+        assert read_process(pid) is None
+    async with open_rig(tmp_path / "state") as rig:
+        assert (await rig.result_of()).status == "interrupted"
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
+async def test_what_is_forgotten_while_it_runs_goes_on_unheard_and_is_removed_when_it_is_over(tmp_path: Path) -> None:
+    """With more output than would wait for a server that takes none, and another command that waits behind it."""
+    gate, ended = tmp_path / "gate", tmp_path / "ended"
+    async with open_rig(tmp_path / "state", max_at_once=1) as rig:
+        rig.stores_output = False
+        flood = f"head -c {40 * SEGMENT_BYTES} /dev/zero"
+        rig.commands.offer(
+            make_offer(f"echo $$; until [ -e {gate} ]; do sleep 0.05; done; {flood}; echo over > {ended}")
+        )
+        rig.commands.offer(make_offer(f"echo ran > {tmp_path}/ran", command_id="cmd_2"))
+        pid = await rig.first_line()
+        await rig.wait_until(lambda: rig.ledger.state_of("cmd_2") is State.ACCEPTED)
+        directory = rig.entry().directory
+        assert directory
+        rig.told.clear()
+        rig.commands.settle([Settlement(command_id=f"cmd_{number}", action="forget") for number in (1, 2)])
+        assert rig.ledger.list_entries() == ()  # a link that comes later is not told either
+        assert read_process(pid)
+        gate.touch()
+        await eventually(lambda: asyncio.to_thread(directory.exists), lambda exists: not exists, timeout_seconds=9)
+        assert ended.read_text() == "over\n"  # it did not wait the 10 seconds that it would for a server
+        assert rig.told == []
+        assert len(rig.ledger) == 0
+        assert rig.ledger.state_of("cmd_1") is rig.ledger.state_of("cmd_2") is State.ENDED
+        assert rig.ledger.is_reported.is_set()
+        assert (await rig.run("echo well", command_id="cmd_3")).status == "succeeded"  # in the place that is free again
+    assert not (tmp_path / "ran").exists()
 
 
 async def test_an_agent_that_takes_no_more_commands_says_why(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ async def test_a_command_outlives_a_restart_and_an_upgrade_of_its_agent(
         await api.wait_for_command(agent_id, command_id, "running")
         units = host.exec("systemctl list-units --plain --no-legend 'fleetwire-cmd-*'").stdout
         assert command_id.replace("_", "-") in units
+        assert host.exec("systemctl show -P TasksMax 'fleetwire-cmd-*'").stdout.split() == ["4096"]
 
         agent_pid = host.exec("systemctl show -P MainPID fleetwire-agent").stdout
         host.exec("systemctl restart fleetwire-agent")

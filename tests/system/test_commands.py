@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import random
 import shlex
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,61 @@ async def test_the_stream_resumes_at_any_byte(fleet: Fleet, api: Api) -> None:
     for problem in ("x", "-1", "1.5", "9" * 19, "١"):
         async with api.sse(f"{path}/stream", last_event_id=problem, status=400):
             pass
+
+
+async def test_the_stream_resumes_at_any_byte_at_any_time_while_it_runs(fleet: Fleet, api: Api, tmp_path: Path) -> None:
+    """Also within a character: what is left of it is shown as one that is none, and the positions stay exact."""
+    gate, lines = tmp_path / "gate", 300
+    whole = "".join(f"Zeile {number:03} für 世界\n" for number in range(1, lines + 1)).encode()
+    text = f"for i in $(seq {lines}); do printf 'Zeile %03d für 世界\\n' $i; sleep 0.01; done"
+    command_id = await api.submit(fleet.agent_id, f"{text}; until [ -e {gate} ]; do sleep 0.1; done", timeout=120)
+    path = command_path(fleet.agent_id, command_id)
+    chance = random.Random(17)
+    within = [position for position in range(len(whole)) if whole[position] & 0xC0 == 0x80]
+    of_two_bytes = [position for position in within if whole[position - 1 : position + 1] == "ü".encode()]
+    positions = [chance.randrange(1, len(whole)) for _ in range(16)]
+    positions += chance.sample(within, 4) + chance.sample(of_two_bytes, 4)
+    reached, to_join = asyncio.Condition(), len(positions)
+    end = 0
+
+    async def lead() -> None:
+        nonlocal end
+        async with api.sse(f"{path}/stream") as events:
+            async for event in events:
+                if event.event == "output":
+                    async with reached:
+                        end = int(event.id or "")
+                        reached.notify_all()
+
+    async def resume(position: int) -> None:
+        nonlocal to_join
+        async with reached:
+            await reached.wait_for(lambda: end >= position)
+        async with api.sse(f"{path}/stream", last_event_id=str(position)) as events:
+            seen = [await anext(events)]
+            assert seen[0].json()["status"] == "running"
+            to_join -= 1
+            if not to_join:
+                gate.touch()
+            seen += [event async for event in events]
+        assert_is_rest(seen, position)
+
+    def assert_is_rest(seen: list[Event], position: int) -> None:
+        outputs = [event for event in seen if event.event == "output"]
+        assert {event.event for event in seen} - {"output"} == {"status", "end"}
+        for event in outputs:
+            next_position = int(event.id or "")
+            assert event.json()["text"] == whole[position:next_position].decode(errors="replace"), position
+            position = next_position
+        assert position == len(whole)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        group.create_task(lead())
+        for position in positions:
+            group.create_task(resume(position))
+    assert (await api.wait_for_command(fleet.agent_id, command_id))["status"] == "succeeded"
+    for position in positions:
+        assert_is_rest(await collect(api, path, str(position)), position)
 
 
 async def test_a_viewer_that_reconnects_while_it_runs_loses_nothing(fleet: Fleet, api: Api) -> None:

@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 MAX_ORPHANS = 1000
 """Commands this server does not know that are taken over from one agent: an agent that invents some must not fill the
-database. Those beyond it are ended as they are told of, and not stored."""
+database. Those beyond it are not stored; the audit names them."""
+
+MAX_AUDITED_IDS = 256
+"""Of what a connect brought and nobody adopted; no agent of ours holds more commands at a time."""
 
 MAX_QUESTIONS = 256
 """Commands one agent is asked about at a time, well below what may wait to be sent to it; the others are asked about
@@ -36,6 +39,7 @@ class Settled:
     cancels: list[CommandCancel] = field(default_factory=list)  # to be sent after the welcome
     questions: list[CommandOffer] = field(default_factory=list)  # likewise
     orphan_ids: list[str] = field(default_factory=list)
+    refused_ids: list[str] = field(default_factory=list)  # that are not known here, and cannot be adopted
 
     @property
     def reportable_ids(self) -> set[str]:
@@ -62,12 +66,18 @@ def settle(connection: Connection, *, agent_id: str, hello: Hello, now: float) -
             decision = _decide(command, None, hello, now)
             _carry_out(connection, decision, command, None, hello.instance_id, settled, now)
     if settled.orphan_ids:
-        detail = {"command_ids": settled.orphan_ids, "agent_instance": hello.instance_id[:100]}
-        audit.add_entry(
-            connection,
-            AuditEntry(at=now, actor="server", action="commands.adopted", subject=agent_id, detail=detail),
-        )
+        _audit(connection, "commands.adopted", agent_id, hello, now, command_ids=settled.orphan_ids)
+    if refused := settled.refused_ids:
+        named = refused[:MAX_AUDITED_IDS]
+        _audit(connection, "commands.not_adopted", agent_id, hello, now, command_ids=named, count=len(refused))
     return settled
+
+
+def _audit(
+    connection: Connection, action: str, agent_id: str, hello: Hello, now: float, **detail: list[str] | int
+) -> None:
+    whole = {**detail, "agent_instance": hello.instance_id[:100]}
+    audit.add_entry(connection, AuditEntry(at=now, actor="server", action=action, subject=agent_id, detail=whole))
 
 
 def _decide(stored: Command | None, entry: LedgerEntry | None, hello: Hello, now: float) -> Decision:
@@ -122,8 +132,8 @@ def _adopt_orphan(
     settled: Settled,
     now: float,
 ) -> Decision:
-    """Store a command that only the agent knows. One that cannot be stored is ended instead: nobody could see it, its
-    output would be taken by nobody, and it would stand still as soon as that fills the agent's window."""
+    """Store a command that only the agent knows. One that cannot be stored the agent is to keep to itself: what runs is
+    not killed, as it may be half done, nor does it wait for room in a window that nobody empties."""
     if not _COMMAND_ID.fullmatch(entry.command_id) or commands.is_known(connection, entry.command_id):
         problem = "is of another agent, or its id is none of this server's"
     elif len(settled.orphan_ids) + commands.count_orphans(connection, agent_id) >= MAX_ORPHANS:
@@ -134,7 +144,8 @@ def _adopt_orphan(
         settled.orphan_ids.append(command.id)
         settled.changed.append(command)
         return decision
-    return Decision(answer="forget" if entry.state == "finished" else "cancel", warning=f"not known here: {problem}")
+    settled.refused_ids.append(entry.command_id[:100])
+    return Decision(answer="forget", warning=f"not known here, {entry.state} at the agent, and not adopted: {problem}")
 
 
 def make_question(command_id: str) -> CommandOffer:

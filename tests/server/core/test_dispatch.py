@@ -16,7 +16,7 @@ from tests.support.stored import make_agent, make_command, make_key
 from fleetwire_server.core.dispatch import MAX_HELD_BY_AGENT, Dispatch
 from fleetwire_server.core.fanout import Fanout
 from fleetwire_server.core.sessions import AgentSession, Sessions
-from fleetwire_server.core.settling import MAX_ORPHANS, MAX_QUESTIONS, Settled
+from fleetwire_server.core.settling import MAX_AUDITED_IDS, MAX_ORPHANS, MAX_QUESTIONS, Settled
 from fleetwire_server.model import Command, CommandKey, CommandStatus, KilledProcess
 from fleetwire_server.storage import agents, audit, commands
 from fleetwire_server.storage.store import Store, running_store
@@ -152,7 +152,7 @@ HELD: list[Cell] = [
     ("queued", {}, "finished", "queued", "keep", None),
     *(("offered", with_, state, state, "keep", None) for with_ in (SAME, OTHER | LATE) for state in STATES[:2]),
     ("offered", SAME | ASKED, "running", "running", "keep", "cancelled"),
-    ("offered", SAME | ASKED, "finished", "offered", "keep", None),
+    *(("offered", with_, "finished", "offered", "keep", None) for with_ in (SAME, OTHER | LATE, SAME | ASKED)),
     ("accepted", SAME | TAKEN, "accepted", "accepted", "keep", None),
     ("accepted", SAME | TAKEN | ASKED, "accepted", "accepted", "keep", "cancelled"),
     ("accepted", SAME | TAKEN, "running", "running", "keep", None),
@@ -160,6 +160,8 @@ HELD: list[Cell] = [
     ("running", SAME | TAKEN, "accepted", "running", "keep", None),
     ("running", SAME | TAKEN, "running", "running", "keep", None),
     ("running", OTHER | TAKEN, "finished", "running", "keep", None),
+    *(("lost", with_, state, state, "keep", None) for with_ in (SAME, OTHER | LATE) for state in STATES[:2]),
+    *(("lost", with_, "finished", "lost", "keep", None) for with_ in (SAME, OTHER | LATE)),
     *((status, TAKEN, state, state, "keep", None) for status in ("lost", "interrupted") for state in STATES[:2]),
     ("lost", TAKEN | ASKED, "running", "running", "keep", "cancelled"),
     *((status, TAKEN, "finished", status, "keep", None) for status in ("lost", "interrupted")),
@@ -201,6 +203,31 @@ async def test_every_cell_of_a_connect(
     else:
         assert settled.changed == []
         assert not stored.late
+
+
+@pytest.mark.parametrize(("before", "fields"), [cell[:2] for cell in HELD if cell[2] == "finished"])
+async def test_an_end_that_a_connect_announced_is_stored_or_compared_and_acknowledged(
+    world: World, before: str, fields: dict[str, Any]
+) -> None:
+    """The rest of each cell of `finished`: what the agent then sends."""
+    await world.hold(status=CommandStatus(before), **fields)
+    held = await world.command()
+    session = await world.connect(make_hello(instance_id="i", ledger=(LedgerEntry(command_id=ID, state="finished"),)))
+    end = make_finished(status="failed", exit_code=7, stdout_bytes=3, seconds_ago=0.0)
+    await world.dispatch.receive(session, [CommandStarted(command_id=ID, seconds_ago=2.0), end])
+    offers = ["command_offer"] if before == "queued" else []  # which the agent answers by what it holds
+    assert [message.type for message in world.link.sent] == [*offers, "command_stored"]
+    assert session.command_ids == set()
+    stored = await world.command()
+    if before in PROVED and fields == TAKEN:
+        assert stored == held
+    else:
+        assert (stored.status, stored.exit_code, stored.stdout_bytes) == ("failed", 7, 3)
+        assert (stored.finished_at, stored.accepted_at is not None) == (NOW, True)
+        assert stored.late == (before in ("lost", "interrupted", "cancelled", "expired"))
+    await world.connect()  # settled for good: the agent holds it no more
+    assert world.link.sent == []
+    assert await world.command() == stored
 
 
 async def test_what_nobody_expects_is_warned_of(world: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -508,22 +535,39 @@ async def test_a_command_only_the_agent_knows_is_kept_and_shown(
     assert len(await world.store.read(lambda connection: audit.list_entries(connection, 10))) == 1
 
 
-async def test_what_cannot_be_adopted_is_ended_and_not_stored(world: World) -> None:
+async def test_what_cannot_be_adopted_is_not_killed_and_not_stored_but_audited(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
     of_another = make_command(ID, agent_id="agent_2", status=CommandStatus.RUNNING)
     await world.store.write(lambda connection: commands.add_command(connection, of_another))
-    entries = (make_entry("running"), make_entry("finished", "../etc/passwd"), make_entry("running", OTHER_ID))
+    entries = (make_entry("running"), make_entry("finished", "../etc/passwd"), make_entry("accepted", OTHER_ID))
 
     def fill(connection: Any) -> None:
         for number in range(MAX_ORPHANS):
             commands.add_command(connection, make_command(f"cmd_{number}", is_orphan=True))
 
     await world.store.write(fill)
-    settled = await world.dispatch.settle("agent_1", make_hello(ledger=entries))
-    assert [answer.action for answer in settled.answers] == ["cancel", "forget", "cancel"]
-    assert settled.changed == []
+    caplog.set_level(logging.WARNING)
+    settled = await world.dispatch.settle("agent_1", make_hello(instance_id="i", ledger=entries))
+    assert [answer.action for answer in settled.answers] == ["forget"] * 3
+    assert (settled.changed, settled.cancels, settled.reportable_ids) == ([], [], set())
+    assert [record.getMessage().partition(",")[0] for record in caplog.records] == [
+        f"command {each.command_id}: not known here" for each in entries
+    ]
     assert await world.store.read(lambda connection: commands.get_command(connection, "agent_1", ID)) is None
     assert await world.store.read(lambda connection: commands.get_command(connection, "agent_2", ID)) == of_another
-    assert await world.store.read(lambda connection: audit.list_entries(connection, 10)) == []
+
+    many = tuple(make_entry("running", f"cmd_{number:020}") for number in range(10, 10 + 2 * MAX_AUDITED_IDS))
+    await world.dispatch.settle("agent_1", make_hello(instance_id="i" * 1000, ledger=many))
+    beyond, first = await world.store.read(lambda connection: audit.list_entries(connection, 10))
+    assert (first.action, first.actor, first.subject) == ("commands.not_adopted", "server", "agent_1")
+    named = [each.command_id for each in entries]
+    assert first.detail == {"command_ids": named, "count": 3, "agent_instance": "i"}
+    assert beyond.detail == {
+        "command_ids": [each.command_id for each in many[:MAX_AUDITED_IDS]],
+        "count": 2 * MAX_AUDITED_IDS,
+        "agent_instance": "i" * 100,
+    }
 
 
 @pytest.mark.parametrize(
