@@ -213,6 +213,9 @@ class Supervisor:
         if self._has_dead:
             moments.append(now)
         poller.poll(max(0.0, min(moments) - now) * 1000 + 1)
+        # Before the dead are looked for: the word of one that dies after that is left for the next round.
+        with suppress(BlockingIOError):
+            os.read(self._wakeup, 512)
 
     def _listen(self) -> None:
         if self._link.accept():
@@ -229,8 +232,6 @@ class Supervisor:
                 self._is_impatient = False
         if not self._link.is_connected:
             self._waits_when_full = False
-        with suppress(BlockingIOError):
-            os.read(self._wakeup, 512)
         if self.is_terminated:
             self._begin_stop("interrupted", error=_SHUTDOWN)
 
