@@ -494,6 +494,34 @@ async def test_what_is_forgotten_while_it_runs_goes_on_unheard_and_is_removed_wh
     assert not (tmp_path / "ran").exists()
 
 
+LISTENS_SLOWLY = """
+import os, sys, time
+from fleetwire_agent.runner import files, supervisor
+
+class SlowLink(supervisor.AgentLink):
+    def accept(self):
+        time.sleep(0.5)
+        return super().accept()
+
+os.chdir(sys.argv[1])
+result, wakeup = files.allocate_result("."), supervisor._route_signals()
+traces = files.Traces(os.getpid(), None, shell=None)
+supervisor.Supervisor(files.read_order("."), SlowLink(), None, traces, result, wakeup).run()
+"""
+"""A runner whose shell may end while it listens to its agent, after it has looked for the dead."""
+
+
+def test_a_shell_that_ends_between_two_looks_is_seen_at_once(tmp_path: Path) -> None:
+    directory = tmp_path / "commands" / "cmd_1.1"
+    directory.parent.mkdir()
+    files.write_order(str(directory), make_order("exec >&- 2>&-; sleep 0.2"))  # nothing but its end wakes the runner
+    subprocess.run([sys.executable, "-c", LISTENS_SLOWLY, directory], check=True, timeout=30)
+    result = files.read_result(str(directory))
+    assert result
+    assert (result.status, result.exit_code) == ("succeeded", 0)
+    assert result.duration_seconds < 5  # and not when the command's time is over, after 10
+
+
 async def test_an_agent_that_takes_no_more_commands_says_why(tmp_path: Path) -> None:
     async with open_rig(tmp_path, max_at_once=1) as rig:
         for number in range(MAX_HELD_COMMANDS + 1):

@@ -12,6 +12,8 @@ from tests.conftest import OpenApi, StartAgent, StartServer
 from tests.support.eventually import eventually
 from tests.support.processes import ServerProcess
 
+from fleetwire_agent.commands import TURN_SECONDS
+
 pytestmark = pytest.mark.on_hosts
 
 COMMANDS = 1000
@@ -68,6 +70,9 @@ async def test_a_thousand_commands_start_in_order_and_none_waits_for_those_that_
         if (after - before) % max_pid > max_pid // 2  # pids begin again from the lowest when the highest is given out
     ]
     assert late == []
+    # One that kept those behind it waiting would cost them a turn, and each of the four a pause of that length.
+    starts = sorted(row["started_at"] for row in rows)
+    assert max(after - before for before, after in pairwise(starts)) < TURN_SECONDS
 
     for command_id in stuck:
         await api.post(f"/api/agents/{agent.agent_id}/commands/{command_id}/cancel", status=202)

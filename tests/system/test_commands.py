@@ -216,18 +216,35 @@ async def test_cancel_at_the_moment_of_the_end_breaks_nothing(fleet: Fleet, api:
 # ---------------------------------------------------------------- many at once
 
 
-async def test_twenty_commands_run_at_once_and_a_slow_one_delays_nobody(fleet: Fleet, api: Api, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    slow = [
-        await api.submit(fleet.agent_id, f"touch {tmp_path}/{number}; until [ -e {gate} ]; do sleep 0.1; done")
-        for number in range(20)
-    ]
-    for number in range(20):
+async def test_thirty_two_commands_run_at_once_and_the_next_waits_for_a_place(
+    fleet: Fleet, api: Api, tmp_path: Path
+) -> None:
+    """By the setting that an agent has when it is told nothing."""
+
+    async def submit_slow(number: int) -> str:
+        gate = tmp_path / ("first gate" if number == 0 else "gate")
+        return await api.submit(
+            fleet.agent_id, f"touch {tmp_path}/{number}; until [ -e '{gate}' ]; do sleep 0.3; done", timeout=120
+        )
+
+    async def read_statuses(ids: list[str]) -> list[str]:
+        return [(await api.get(command_path(fleet.agent_id, each)))["status"] for each in ids]
+
+    slow = [await submit_slow(number) for number in range(31)]
+    for number in range(31):
         await until_written(tmp_path / str(number))  # each runs though none before it has ended
     quick = await api.run(fleet.agent_id, "echo quick")
     assert quick["output"] == "quick\n"
-    assert {(await api.get(command_path(fleet.agent_id, each)))["status"] for each in slow} == {"running"}
-    gate.touch()
+    slow += [await submit_slow(number) for number in (31, 32)]
+    await until_written(tmp_path / "31")
+    await api.wait_for_command(fleet.agent_id, slow[32], "accepted")
+    await asyncio.sleep(1)  # in which it would start, had it a place
+    assert await read_statuses(slow) == ["running"] * 32 + ["accepted"]
+    assert not (tmp_path / "32").exists()
+    (tmp_path / "first gate").touch()
+    await until_written(tmp_path / "32")
+    assert await read_statuses(slow[1:]) == ["running"] * 32
+    (tmp_path / "gate").touch()
     for each in slow:
         assert (await api.wait_for_command(fleet.agent_id, each))["status"] == "succeeded"
 
