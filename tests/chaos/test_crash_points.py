@@ -5,7 +5,8 @@ import random
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Awaitable, Callable, Sequence, Set
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -27,9 +28,20 @@ from scripts.lib.chaos.workload import (
     make_slow,
     make_token,
 )
+from tests.support import small_ledger
 from tests.support.processes import find_free_port
-from tests.support.syncs import Sync, count_syncs, has_killed, list_syncs, needs_strace, tracing, tracing_runners
+from tests.support.syncs import (
+    Sync,
+    count_syncs,
+    has_killed,
+    list_syncs,
+    needs_strace,
+    read_syncs,
+    tracing,
+    tracing_runners,
+)
 
+from fleetwire_agent.ledger_file import NAMES
 from fleetwire_server.storage.store import open_store
 
 pytestmark = needs_strace
@@ -143,10 +155,12 @@ async def live_agent(
     expects_kill: bool = False,
     excused: Set[str] = frozenset(),
     is_first_start: bool = True,
+    program: Sequence[str] = (),
 ) -> Life:
     """Run the handful by an agent that is started by `prefix`, then once more without it.
 
     Args:
+        program: the agent's, where it is another than the installed one.
         expects_kill: see Run; of the agent itself.
         excused: see Evidence."""
     directory.mkdir()
@@ -161,6 +175,8 @@ async def live_agent(
         canary=canary,
         environment={RUN_VARIABLE: str(directory), **COMMANDS_AT_ONCE},
     )
+    if program:
+        agent.arguments[:1] = program
     with closing([agent], str(directory)):
         if not is_first_start:
             await agent.start()
@@ -202,6 +218,62 @@ async def test_an_agent_may_be_killed_at_any_sync(tmp_path: Path, *, is_first_st
         syncs = list_syncs(tmp_path / "syncs-undisturbed")
         assert is_first_start or count_syncs(tmp_path / "syncs-undisturbed") == len(syncs)
         expect_truth(await live_all(live, syncs, lambda name: [tmp_path / f"syncs-{name}"], at_once=AGENTS_AT_ONCE))
+
+
+@pytest.mark.timeout(300)
+async def test_an_agent_may_be_killed_at_any_sync_while_its_ledger_is_compacted_often(tmp_path: Path) -> None:
+    """Which number a sync of a compaction has is a matter of chance: all are tried until both of its kinds were hit."""
+    (tmp_path / "server").mkdir()
+    program = [sys.executable, "-P", small_ledger.__file__]  # its directory holds more than programs: not on the path
+    async with running_fleet(tmp_path / "server", 0) as fleet:
+
+        async def live(sync: Sync | None, name: str) -> Life:
+            directory = tmp_path / f"agent-{name}"
+            prefix = tracing(tmp_path / f"syncs-{name}", kill_at=sync)
+            life = await live_agent(
+                fleet, directory, prefix, expects_kill=sync is not None, is_first_start=False, program=program
+            )
+            assert read_generation(directory / "agent-state") > 2, f"{name}: compacted less than twice"
+            return life
+
+        expect_truth([await live(None, "undisturbed")])
+        syncs = list_syncs(tmp_path / "syncs-undisturbed")
+        for attempt in range(ATTEMPTS):
+
+            async def live_again(sync: Sync, name: str, attempt: int = attempt) -> Life:
+                return await live(sync, f"{attempt}-{name}")
+
+            def find_logs(name: str, attempt: int = attempt) -> list[Path]:
+                return [tmp_path / f"syncs-{attempt}-{name}"]
+
+            expect_truth(await live_all(live_again, syncs, find_logs, at_once=AGENTS_AT_ONCE))
+            struck = [kind for log in tmp_path.glob("syncs-*") for kind in find_struck_compactions(log)]
+            if {"content", "header"} <= set(struck):
+                return
+    pytest.fail(f"a compaction has two syncs, of its content and of its header; killed at {struck} only")
+
+
+def read_generation(state_dir: Path) -> int:
+    """Return how often the ledger was begun: the number stands in the header, behind eight bytes."""
+    headers = [(state_dir / name).read_bytes()[:16] for name in NAMES]
+    return max(int.from_bytes(header[8:]) for header in headers)
+
+
+def find_struck_compactions(log: Path) -> Iterator[str]:
+    """Yield which sync of a compaction, if any, was never finished: that of the content, or of the header after it.
+
+    A later start syncs a file of the ledger by `fsync` for nothing else."""
+    for *before, last in read_syncs(log):
+        if not last.endswith("= ?"):
+            continue
+        if is_content(last):
+            yield "content"
+        elif before and is_content(before[-1]):
+            yield "header"
+
+
+def is_content(call: str) -> bool:
+    return call.startswith("fsync(") and any(f"/{name}>" in call for name in NAMES)
 
 
 # ---------------------------------------------------------------- what watches a command

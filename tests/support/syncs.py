@@ -38,6 +38,7 @@ def tracing(log: Path, *, kill_at: Sync | None = None) -> list[str]:
         "-b",  # but not what it starts
         "execve",
         "-qq",
+        "-y",  # with the file's path
         "-o",
         str(log),
         "-e",
@@ -107,6 +108,15 @@ def count_syncs(*logs: Path) -> int:
 def has_killed(*logs: Path) -> bool:
     """Whether a sync was never finished."""
     return any(line.endswith("= ?") for log in logs for line in _read_syncs(log))
+
+
+def read_syncs(log: Path) -> list[list[str]]:
+    """Return the lines of each thread, without its number."""
+    by_thread: dict[str, list[str]] = {}
+    for line in _read_syncs(log):
+        thread, call = line.split(maxsplit=1)
+        by_thread.setdefault(thread, []).append(call)
+    return list(by_thread.values())
 
 
 def _count(logs: Sequence[Path]) -> Counter[tuple[str, str]]:
