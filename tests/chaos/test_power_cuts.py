@@ -2,7 +2,8 @@
 
 All that runs is frozen and the disks are copied underneath; the run goes on, and each copy is tried afterwards. The
 disks are slow, so that many cuts find something that is not durable yet. The other side
-did not lose power: it is continued from a plain copy of that moment."""
+did not lose power: it is continued from a plain copy of that moment. Of a host whose server lost power only what ran
+cannot be continued, as no copy holds processes."""
 
 import asyncio
 import random
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -31,7 +33,9 @@ from tests.support.disks import (
 )
 from tests.support.syncs import needs_strace, slowing
 
-from fleetwire_agent.runner.files import SOCKET
+from fleetwire_agent.command_states import State
+from fleetwire_agent.ledger import Ledger
+from fleetwire_agent.runner.files import SOCKET, read_result
 
 pytestmark = needs_strace
 
@@ -218,13 +222,17 @@ def tell(cuts: Cuts, cut: Cut, run: Run, violations: Sequence[Violation]) -> lis
 # ---------------------------------------------------------------- what is there when the power is back
 
 
-async def boot(cuts: Cuts, cut: Cut, place: Path, *, data_dir: Path, state_dir: Path) -> list[str]:
-    """Start a server on its data, then an agent on its state, on a host that has booted again; return what is wrong.
+async def boot(
+    cuts: Cuts, cut: Cut, place: Path, *, data_dir: Path, state_dir: Path, boot_id: str, excuse: Callable[[Run], None]
+) -> list[str]:
+    """Start a server on its data, then an agent on its state; return what is wrong.
 
     Args:
-        place: gets their logs."""
-    boot_id, canary = place / "boot_id", place / "canary"
-    boot_id.write_text(f"{uuid.uuid4()}\n")
+        place: gets their logs.
+        boot_id: what the agent reads as the host's.
+        excuse: tells which commands may be interrupted, as the server shows them before the agent is here."""
+    boot_id_file, canary = place / "boot_id", place / "canary"
+    boot_id_file.write_text(f"{boot_id}\n")
     shutil.copyfile(cut.canary, canary)
     environment = {RUN_VARIABLE: str(place)}
     server = Server(place, password=cuts.password, data_dir=data_dir, environment=environment)
@@ -239,7 +247,7 @@ async def boot(cuts: Cuts, cut: Cut, place: Path, *, data_dir: Path, state_dir: 
             canary=canary,
             state_dir=state_dir,
             environment=environment,
-            prefix=booted_again(boot_id),
+            prefix=booted_again(boot_id_file),
         )
         parts.append(agent)
         async with Client(server.url) as client:
@@ -258,7 +266,7 @@ async def boot(cuts: Cuts, cut: Cut, place: Path, *, data_dir: Path, state_dir: 
                 return lines
             await adopt_unheard(run)
             await run.look_at_all()
-            excuse_what_the_agent_had(run)
+            excuse(run)
             await agent.start()
             await agent.wait_until_connected()
             for evidence in run.evidences.values():
@@ -277,11 +285,35 @@ async def adopt_unheard(run: Run) -> None:
             run.adopt(command["command_id"], token, [])
 
 
-def excuse_what_the_agent_had(run: Run) -> None:
-    """What was offered may have run, and ended with the host; its agent can prove which."""
+def excuse_what_was_offered(run: Run) -> None:
+    """It may have run, and ended with the host; its agent can prove which."""
     for evidence in run.evidences.values():
         if evidence.status not in OVER | {"queued"}:
             evidence.excused = {"interrupted"}
+
+
+def excuse_what_ran(run: Run, state_dir: Path) -> None:
+    """Its processes are not there any more. What had not been started is to be run, and what had a result to be told.
+
+    Args:
+        state_dir: the agent's at the moment of the cut; a copy is opened."""
+    copy = run.fleet.directory / "state at the cut"
+    shutil.copytree(state_dir, copy, symlinks=True)
+    ledger = Ledger(copy, boot_id=read_boot_id(), new_instance_id="")
+    try:
+        started = [entry for entry in ledger.open() if entry.state in (State.STARTING, State.RUNNING)]
+        ran = {entry.command_id for entry in started if read_result(str(ledger.directory_of(entry))) is None}
+    finally:
+        ledger.close()
+        shutil.rmtree(copy)
+    for evidence in run.evidences.values():
+        if evidence.command_id in ran:
+            evidence.excused = {"interrupted"}
+
+
+def read_boot_id() -> str:
+    """Return that of this machine."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 async def find_lost(cuts: Cuts, cut: Cut, client: Client, evidence: Evidence) -> list[str]:
@@ -298,13 +330,29 @@ async def find_lost(cuts: Cuts, cut: Cut, client: Client, evidence: Evidence) ->
 async def boot_agent(cuts: Cuts, cut: Cut) -> list[str]:
     (place := cut.directory / "host").mkdir()
     with mounted(cut.agent_image, place / "disk") as disk:
-        return await boot(cuts, cut, place, data_dir=cut.server_data, state_dir=disk / "state")
+        return await boot(
+            cuts,
+            cut,
+            place,
+            data_dir=cut.server_data,
+            state_dir=disk / "state",
+            boot_id=str(uuid.uuid4()),
+            excuse=excuse_what_was_offered,
+        )
 
 
 async def boot_server(cuts: Cuts, cut: Cut) -> list[str]:
     (place := cut.directory / "power").mkdir()
     with mounted(cut.server_image, place / "disk") as disk:
-        return await boot(cuts, cut, place, data_dir=disk / "data", state_dir=cut.agent_state)
+        return await boot(
+            cuts,
+            cut,
+            place,
+            data_dir=disk / "data",
+            state_dir=cut.agent_state,
+            boot_id=read_boot_id(),
+            excuse=partial(excuse_what_ran, state_dir=cut.agent_state),
+        )
 
 
 @pytest.mark.timeout(600)
