@@ -1,4 +1,6 @@
-"""The agent's life: joins the parts, runs their loops in one TaskGroup, ends them within two seconds."""
+"""The agent's life: joins the parts, runs their loops in one TaskGroup, ends them within two seconds.
+
+Commands do not end with it: their runners go on, and the next agent finds them again."""
 
 import asyncio
 import logging
@@ -8,6 +10,7 @@ import signal
 import time
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Final
 
 from fleetwire_agent.channels import Channels
@@ -18,6 +21,7 @@ from fleetwire_agent.host import read_host_facts
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.processes import Spawner
 from fleetwire_agent.requests import Requests
+from fleetwire_agent.runners import END_COMMANDS, find_launcher
 from fleetwire_agent.session import Dialer, Outbox, Session
 from fleetwire_agent.status import StatusFile
 from fleetwire_agent.units import fit_units, read_units
@@ -38,17 +42,29 @@ _log = logging.getLogger(__name__)
 
 
 async def run_agent(config: AgentConfig) -> None:
-    """Serve until SIGTERM or SIGINT. Returns when every command is dead and the server has been told, or is away."""
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConflictError: another agent uses the state directory. UnavailableError: it cannot be used."""
     stop = _stop_on_signals()
+    end_commands = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(END_COMMANDS, end_commands.set)
     version = read_version()
     with (
         StatusFile(config.state_dir, server=config.server, version=version) as status,
         Spawner(config.command_environment) as spawner,
     ):
-        ledger = Ledger()
+        boot_id = (await asyncio.to_thread(read_host_facts)).boot_id
+        ledger = Ledger(Path(config.state_dir), boot_id=boot_id, new_instance_id=secrets.token_hex(16))
+        found = await asyncio.to_thread(ledger.open)
+        ledger.begin()
         outbox = Outbox()
         commands = Commands(
-            spawner=spawner, ledger=ledger, max_at_once=config.max_commands_at_once, profile=config.profile
+            launcher=find_launcher(spawner),
+            ledger=ledger,
+            environment=config.command_environment,
+            max_at_once=config.max_commands_at_once,
+            profile=config.profile,
         )
         dialer = Dialer(config)
         channels = Channels(
@@ -67,7 +83,6 @@ async def run_agent(config: AgentConfig) -> None:
         )
         session = Session(
             dial=dialer.control,
-            instance_id=secrets.token_hex(16),
             read_host=read_host_facts,
             outbox=outbox,
             ledger=ledger,
@@ -79,21 +94,20 @@ async def run_agent(config: AgentConfig) -> None:
         )
         async with asyncio.TaskGroup() as group:
             loops = (
-                commands.serve(),
+                commands.serve(found),
                 channels.serve(),
                 requests.serve(),
                 session.run(),
                 report_metrics(session, outbox),
+                end_commands_when_asked(end_commands, commands),
             )
             tasks = [group.create_task(loop) for loop in loops]
-            try:
-                await stop.wait()
-                _log.info("stopping")
-            finally:  # also when a loop crashed: what the commands started must not outlive the agent
-                await commands.stop()
+            await stop.wait()
+            _log.info("stopping")
             await _flush(ledger, outbox)
             for task in tasks:
                 task.cancel()
+        await asyncio.to_thread(ledger.close)
 
 
 async def list_units(spawner: Spawner, journal_directory: str | None) -> tuple[tuple[Unit, ...], bool]:
@@ -114,14 +128,14 @@ class Removal:
         self._stop = stop
 
     async def remove(self, purge: bool) -> tuple[str, ...]:
-        """Remove all but this process and end the commands; return the paths. A failure leaves the commands alone."""
+        """End the commands and remove all but this process; return the paths. What may not be removed loses nothing."""
         from fleetwire_agent.install import uninstall  # here: needed once in an agent's life, if ever
 
-        with self._spawner.sharing_children():
-            removed = await asyncio.to_thread(uninstall.remove_running_agent, profile=self._profile, purge=purge)
-        self._status.close()  # it would come back where the state's directory is a mount point, which stays
+        uninstall.check_may_remove(self._profile)
         await self._commands.stop()
-        return removed
+        self._status.close()  # it would come back where the state's directory is a mount point, which stays
+        with self._spawner.sharing_children():
+            return await asyncio.to_thread(uninstall.remove_running_agent, profile=self._profile, purge=purge)
 
     async def leave(self) -> None:
         """Have the service manager stop this agent, and stop."""
@@ -132,6 +146,14 @@ class Removal:
                 await asyncio.to_thread(uninstall.leave)
         finally:
             self._stop.set()
+
+
+async def end_commands_when_asked(asked: asyncio.Event, commands: Commands) -> None:
+    """Wait until somebody on the host is about to stop this agent for good, and end its commands while it can still
+    tell of them."""
+    await asked.wait()
+    _log.info("ending all commands, as the agent is to be removed or given to another user")
+    await commands.stop()
 
 
 async def report_metrics(session: Session, outbox: Outbox) -> None:
@@ -162,7 +184,7 @@ def _stop_on_signals() -> asyncio.Event:
 
 
 async def _flush(ledger: Ledger, outbox: Outbox) -> None:
-    """Give the server a moment to store the results of what was interrupted, if it is there at all."""
+    """Give the server a moment to store the ends that it has not stored yet, if it is there at all."""
     if outbox.is_open:
         with suppress(TimeoutError):
             async with asyncio.timeout(FLUSH_SECONDS):

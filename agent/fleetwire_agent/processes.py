@@ -1,32 +1,37 @@
-"""Child processes: started without a thread each, reaped in one place, killed with all that they started.
+"""The agent's own children (journalctl, systemctl, runners): started without a thread each, reaped in one place, killed
+with their descendants and sessions.
 
-The agent is a child subreaper, so whatever a command starts stays its descendant: an orphan is adopted by the agent
-and never by init. That is what makes "nothing is left running" provable without control groups."""
+The agent is a child subreaper, so whatever they start stays its descendant: an orphan is adopted by the agent and never
+by init. One that left the session of its parents before they ended is a daemon by its own will, and lives on."""
 
 import asyncio
-import fcntl
 import logging
 import os
 import signal
 import subprocess
-import termios
 import time
-from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, Self
 
-COMMAND_ID_VARIABLE: Final = "FLEETWIRE_COMMAND_ID"
-"""Marks every process of a command in its environment, also one that left the session and lost its parents."""
+from fleetwire_agent.process_table import (
+    REAPED_AT_ONCE,
+    Family,
+    ProcessRow,
+    read_process,
+    set_child_subreaper,
+    signal_all,
+)
+from fleetwire_shared.errors import UnavailableError
 
 KILL_GRACE_SECONDS: Final = 2.0
 """Between SIGTERM and SIGKILL."""
 
+_STDERR_BYTES: Final = 4096
 _GIVE_UP_SECONDS: Final = 5.0  # after SIGKILL; a process in uninterruptible sleep dies when its device answers
 _FIRST_SCAN_DELAY_SECONDS: Final = 0.005
 _LONGEST_SCAN_DELAY_SECONDS: Final = 0.1
-_PR_SET_CHILD_SUBREAPER: Final = 36  # linux/prctl.h
 
 _log = logging.getLogger(__name__)
 
@@ -50,14 +55,6 @@ class Pipe:
             except BlockingIOError:
                 await self._wait_until_readable(self._descriptor)
         return b""
-
-    def read_rest(self) -> bytes:
-        """Return what is in the pipe now, without waiting."""
-        if self._descriptor is None:
-            return b""
-        available = array("i", [0])
-        fcntl.ioctl(self._descriptor, termios.FIONREAD, available)
-        return os.read(self._descriptor, available[0]) if available[0] else b""
 
     async def _wait_until_readable(self, descriptor: int) -> None:
         loop = asyncio.get_running_loop()
@@ -88,13 +85,12 @@ class Pipe:
 class Process:
     """A child in a session of its own. Made by `Spawner.spawn`; whoever spawned it closes it."""
 
-    def __init__(self, pid: int, stdout: Pipe, stderr: Pipe, *, command_id: str | None) -> None:
+    def __init__(self, pid: int, stdout: Pipe, stderr: Pipe) -> None:
         self.pid = pid
         self.stdout = stdout
         self.stderr = stderr
-        self.command_id = command_id
-        row = read_process(pid)
-        self._start_ticks = row.start_ticks if row else None  # None: gone already
+        # Gone already: its session may have members still, and no process starts at -1.
+        self.row = read_process(pid) or ProcessRow(pid, parent_pid=0, session_id=pid, start_ticks=-1)
         self._exited = asyncio.Event()
         self._returncode = 0
 
@@ -105,18 +101,12 @@ class Process:
 
     async def kill(self) -> None:
         """Kill the child and all it started: SIGTERM, after the grace SIGKILL, until none is left."""
-        await kill_processes([self])
+        await kill_process(self)
 
     def close(self) -> None:
         """Close both pipes. The process may live on."""
         self.stdout.close()
         self.stderr.close()
-
-    def is_in_session(self, row: "ProcessRow") -> bool:
-        """Whether `row` is the child itself or stayed in its session."""
-        if row.pid == self.pid:
-            return row.start_ticks == self._start_ticks  # else the pid has been used again
-        return row.session_id == self.pid
 
     def note_exit(self, returncode: int) -> None:
         """Called by the spawner once, when the child has been reaped."""
@@ -136,7 +126,7 @@ class Spawner:
         self._sharers = 0
 
     def __enter__(self) -> Self:
-        _set_child_subreaper(is_on=True)
+        set_child_subreaper(is_on=True)
         asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap)
         return self
 
@@ -145,7 +135,7 @@ class Spawner:
     ) -> None:
         self._reap()
         asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
-        _set_child_subreaper(is_on=False)
+        set_child_subreaper(is_on=False)
 
     def spawn(self, argv: Sequence[str], *, env: Mapping[str, str] | None = None, cwd: str = "/") -> Process:
         """Start `argv` in a session of its own, with /dev/null as stdin.
@@ -182,9 +172,7 @@ class Spawner:
             os.close(stdout_write)
             os.close(stderr_write)
         child.returncode = 0  # the reaper owns the child from here: Popen must never wait for this pid itself
-        process = Process(
-            child.pid, Pipe(stdout_read), Pipe(stderr_read), command_id=environment.get(COMMAND_ID_VARIABLE)
-        )
+        process = Process(child.pid, Pipe(stdout_read), Pipe(stderr_read))
         self._processes[process.pid] = process
         return process
 
@@ -204,7 +192,7 @@ class Spawner:
         if self._sharers:
             self._reap_own()
             return
-        while True:
+        for _ in range(REAPED_AT_ONCE):
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -213,6 +201,7 @@ class Spawner:
                 return
             if process := self._processes.pop(pid, None):
                 process.note_exit(os.waitstatus_to_exitcode(status))
+        asyncio.get_running_loop().call_soon(self._reap)
 
     def _reap_own(self) -> None:
         for pid in list(self._processes):
@@ -222,37 +211,15 @@ class Spawner:
                     self._processes.pop(pid).note_exit(os.waitstatus_to_exitcode(status))
 
 
-def _set_child_subreaper(*, is_on: bool) -> None:
-    import ctypes  # here, as nothing else in the agent needs it
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_CHILD_SUBREAPER, int(is_on), 0, 0, 0) != 0:
-        error_number = ctypes.get_errno()
-        raise OSError(error_number, f"prctl(PR_SET_CHILD_SUBREAPER): {os.strerror(error_number)}")
-
-
 # ---------------------------------------------------------------- killing
 
 
-class ProcessRow(NamedTuple):
-    """A living process as /proc shows it. pid and start_ticks together are its identity: pids are used again."""
-
-    pid: int
-    parent_pid: int
-    session_id: int
-    start_ticks: int
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        return self.pid, self.start_ticks
-
-
-async def kill_processes(processes: Iterable[Process], *, grace_seconds: float = KILL_GRACE_SECONDS) -> list[int]:
-    """Kill these processes and all they started: SIGTERM, after the grace SIGKILL, until a scan finds none.
+async def kill_process(process: Process, *, grace_seconds: float = KILL_GRACE_SECONDS) -> list[int]:
+    """Kill a process, its descendants and their sessions: SIGTERM, after the grace SIGKILL, until a scan finds none.
 
     Returns:
         The pids that even SIGKILL did not end within 5 s; empty in all but the strangest cases."""
-    family = _Family(tuple(processes))
+    family = Family([process.row], within=os.getpid())
     kill_at = time.monotonic() + grace_seconds
     told: set[tuple[int, int]] = set()
     delay_seconds = _FIRST_SCAN_DELAY_SECONDS
@@ -264,11 +231,11 @@ async def kill_processes(processes: Iterable[Process], *, grace_seconds: float =
             return sorted(row.pid for row in members)
         fresh = [row for row in members if row.identity not in told]
         if now >= kill_at:
-            _signal_all(members, signal.SIGKILL)
+            signal_all(members, signal.SIGKILL)
             delay_seconds = _FIRST_SCAN_DELAY_SECONDS if fresh else delay_seconds  # outrun what forks
         else:
-            _signal_all(fresh, signal.SIGTERM)
-            _signal_all(fresh, signal.SIGCONT)  # a stopped process would sleep through SIGTERM
+            signal_all(fresh, signal.SIGTERM)
+            signal_all(fresh, signal.SIGCONT)  # a stopped process would sleep through SIGTERM
             delay_seconds = min(delay_seconds, kill_at - now)
         told |= {row.identity for row in fresh}
         await asyncio.sleep(delay_seconds)
@@ -276,113 +243,44 @@ async def kill_processes(processes: Iterable[Process], *, grace_seconds: float =
     return []
 
 
-class _Family:
-    """Finds the members of some processes' families, again and again while they are being killed."""
+async def read_output(
+    spawner: Spawner,
+    argv: Sequence[str],
+    *,
+    timeout_seconds: float,
+    max_bytes: int,
+    env: Mapping[str, str] | None = None,
+) -> bytes:
+    """Run a program of the host to its end and return what it wrote to stdout; nothing of it is left running.
 
-    def __init__(self, roots: tuple[Process, ...]) -> None:
-        self._roots = roots
-        self._command_ids = {root.command_id for root in roots if root.command_id is not None}
-        self._known: set[tuple[int, int]] = set()
-
-    def read_members(self) -> set[ProcessRow]:
-        """Return the living members: what carries a root's command id, all processes in a root's session, and of each
-        member seen now or earlier the descendants and the whole session. Blocking."""
-        descendants = _descendants(read_processes(), os.getpid())
-        members = {row for row in descendants if self._is_seed(row)}
-        while True:
-            pids = {row.pid for row in members}
-            sessions = {row.session_id for row in members}
-            found = {row for row in descendants if row.parent_pid in pids or row.session_id in sessions}
-            if found <= members:
-                break
-            members |= found
-        self._known |= {row.identity for row in members}
-        return members
-
-    def _is_seed(self, row: ProcessRow) -> bool:
-        return (
-            row.identity in self._known
-            or any(root.is_in_session(row) for root in self._roots)
-            or (bool(self._command_ids) and read_command_id(row.pid) in self._command_ids)
-        )
-
-
-def read_process(pid: int) -> ProcessRow | None:
-    """Return the process, or None when it is gone or only its exit status is left. Source: /proc/PID/stat."""
+    Raises:
+        UnavailableError: it cannot be started, fails, writes too much or takes too long; the message says which."""
     try:
-        text = _read_proc_file(f"/proc/{pid}/stat")
-    except OSError:
-        return None
-    fields = text[text.rfind(b")") + 2 :].split()  # the name before it may hold spaces and parentheses
-    if fields[0] in (b"Z", b"X"):
-        return None
-    return ProcessRow(pid, parent_pid=int(fields[1]), session_id=int(fields[3]), start_ticks=int(fields[19]))
-
-
-def read_processes() -> list[ProcessRow]:
-    """Return all living processes of the host. Not one moment's picture: processes come and go meanwhile."""
-    rows = (read_process(int(name)) for name in os.listdir("/proc") if name.isdigit())  # noqa: PTH208 - plain names
-    return [row for row in rows if row]
-
-
-def read_command_id(pid: int) -> str | None:
-    """Return the command id in the environment the process was started with, if any."""
+        process = spawner.spawn(argv, env=env)
+    except OSError as err:
+        raise UnavailableError(f"{argv[0]} cannot be started: {err.strerror}") from err
     try:
-        environment = _read_proc_file(f"/proc/{pid}/environ")
-    except OSError:
-        return None
-    prefix = f"{COMMAND_ID_VARIABLE}=".encode()
-    for variable in environment.split(b"\0"):
-        if variable.startswith(prefix):
-            return variable[len(prefix) :].decode(errors="replace")
-    return None
-
-
-def _read_proc_file(path: str) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        pieces = []
-        while piece := os.read(descriptor, 65536):
-            pieces.append(piece)
-        return b"".join(pieces)
+        async with asyncio.timeout(timeout_seconds):
+            output = await _read_all(process, argv[0], max_bytes)
+            if status := await process.wait():
+                said = (await process.stderr.read(_STDERR_BYTES)).decode(errors="replace").strip()
+                raise UnavailableError(f"{argv[0]} ended with status {status}: {said or 'it said nothing'}")
+    except TimeoutError:
+        raise UnavailableError(f"{argv[0]} did not answer within {timeout_seconds:.0f} s") from None
     finally:
-        os.close(descriptor)
+        try:
+            await process.kill()
+        finally:
+            process.close()
+    return output
 
 
-def _descendants(rows: Iterable[ProcessRow], ancestor_pid: int) -> list[ProcessRow]:
-    """Return all descendants, parents before their children."""
-    children: dict[int, list[ProcessRow]] = {}
-    for row in rows:
-        children.setdefault(row.parent_pid, []).append(row)
-    found = list(children.get(ancestor_pid, ()))
-    for row in found:  # grows while it is walked
-        found.extend(children.get(row.pid, ()))
-    return found
-
-
-def _signal_all(rows: Iterable[ProcessRow], signal_number: signal.Signals) -> None:
-    # Parents first: a shell whose child is signalled before it would go on to its next command.
-    for row in sorted(rows, key=lambda row: (row.start_ticks, row.pid)):
-        with suppress(ProcessLookupError, PermissionError):
-            _signal(row, signal_number)
-
-
-def _signal(row: ProcessRow, signal_number: signal.Signals) -> None:
-    """Signal exactly this process, not a later one of the same pid."""
-    try:
-        descriptor = os.pidfd_open(row.pid)
-    except ProcessLookupError:
-        return
-    except OSError:  # a kernel before 5.3, a seccomp filter that does not know it, or no descriptor is left
-        descriptor = None
-    try:
-        now = read_process(row.pid)
-        if now is None or now.start_ticks != row.start_ticks:
-            return
-        if descriptor is None:
-            os.kill(row.pid, signal_number)
-        else:
-            signal.pidfd_send_signal(descriptor, signal_number)
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+async def _read_all(process: Process, program: str, max_bytes: int) -> bytes:
+    pieces = []
+    size_bytes = 0
+    while piece := await process.stdout.read():
+        pieces.append(piece)
+        size_bytes += len(piece)
+        if size_bytes > max_bytes:
+            raise UnavailableError(f"{program} wrote more than {max_bytes} bytes")
+    return b"".join(pieces)

@@ -282,7 +282,6 @@ class Session:
         self,
         *,
         dial: Callable[[], AbstractAsyncContextManager[ClientConnection]],
-        instance_id: str,
         read_host: Callable[[], HostFacts],
         outbox: Outbox,
         ledger: Ledger,
@@ -296,7 +295,6 @@ class Session:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._dial = dial
-        self._instance_id = instance_id
         self._read_host = read_host
         self._outbox = outbox
         self._ledger = ledger
@@ -355,26 +353,24 @@ class Session:
         self.metrics_seconds = welcome.metrics_seconds
         self.is_welcomed.set()
         self._outbox.open()
-        answers = self._commands.settle(welcome.ledger)
-        self._ledger.connect()
+        self._commands.settle(welcome.ledger)
+        self._commands.connect()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._write(socket, welcome))
-            for answer in answers:
-                await self._outbox.send(answer)
             group.create_task(self._commands.deliver(self._outbox.send))
             await self._read(socket, welcome)
 
     def _leave(self) -> None:
         self.is_welcomed.clear()
         self._outbox.close()
-        self._ledger.disconnect()
+        self._commands.disconnect()
 
     async def _greet(self, socket: ClientConnection) -> Welcome:
         hello = Hello(
             protocol_oldest=PROTOCOL_OLDEST,
             protocol_newest=PROTOCOL_VERSION,
             agent_version=self._agent_version,
-            instance_id=self._instance_id,
+            instance_id=self._ledger.instance_id,
             host=await asyncio.to_thread(self._read_host),
             ledger=self._ledger.list_entries(),
         )
@@ -409,24 +405,17 @@ class Session:
             except ProtocolError as err:  # of a newer server, perhaps: the rest of the link is still of use
                 _log.warning("ignored a frame: %s", err)
                 continue
-            await self._dispatch(message)
+            self._dispatch(message)
 
-    async def _dispatch(self, message: ServerMessage) -> None:
+    def _dispatch(self, message: ServerMessage) -> None:
+        """Never waits: a cancel is heard at once, whatever the disk does about the offers before it."""
         match message:
             case CommandOffer():
-                answer = self._commands.offer(message)
+                self._commands.offer(message)
             case CommandCancel():
-                answer = self._commands.cancel(message)
-            case _:
-                self._note(message)
-                return
-        if answer:
-            await self._outbox.send(answer)
-
-    def _note(self, message: ServerMessage) -> None:
-        match message:
+                self._commands.cancel(message)
             case OutputStored():
-                self._ledger.note_output_stored(message.command_id, message.position)
+                self._commands.note_output_stored(message.command_id, message.position)
             case CommandStored():
                 self._ledger.note_stored(message.command_id)
             case ReadFile() | WriteFile() | FollowLog():

@@ -1,12 +1,11 @@
 """The units of the host's systemd, for whoever picks one whose log is to be followed."""
 
-import asyncio
 import json
 import shutil
 from collections.abc import Iterable
 from typing import Any, Final
 
-from fleetwire_agent.processes import Process, Spawner
+from fleetwire_agent.processes import Spawner, read_output
 from fleetwire_shared.errors import PeerFailedError, UnavailableError
 from fleetwire_shared.limits import MAX_CONTROL_FRAME_BYTES
 from fleetwire_shared.messages import Unit
@@ -19,7 +18,6 @@ MAX_OUTPUT_BYTES: Final = 16 * 1024 * 1024
 MAX_DESCRIPTION_CHARACTERS: Final = 200
 
 _NOT_LOADED: Final = "not-loaded"
-_STDERR_BYTES = 4096
 
 
 async def read_units(spawner: Spawner, journal_directory: str | None) -> tuple[Unit, ...]:
@@ -33,7 +31,7 @@ async def read_units(spawner: Spawner, journal_directory: str | None) -> tuple[U
         PeerFailedError: it answered something else than units."""
     if shutil.which("systemctl") is None:
         raise UnavailableError("this host has no systemd, so it has no units; follow a file instead (source=file)")
-    listing = await _read_output(spawner, "systemctl", "list-units", "--all", "--no-pager", "--output=json")
+    listing = await _read(spawner, "systemctl", "list-units", "--all", "--no-pager", "--output=json")
     loaded = parse_units(listing)
     return merge_units(loaded, await _read_journal_units(spawner, journal_directory))
 
@@ -101,39 +99,14 @@ async def _read_journal_units(spawner: Spawner, directory: str | None) -> list[s
     """Return the units that the journal has entries of; none where it cannot be read: it only completes the list."""
     place = () if directory is None else (f"--directory={directory}",)
     try:
-        output = await _read_output(spawner, "journalctl", "--quiet", "--no-pager", *place, "--field=_SYSTEMD_UNIT")
+        output = await _read(spawner, "journalctl", "--quiet", "--no-pager", *place, "--field=_SYSTEMD_UNIT")
     except UnavailableError:
         return []
     return output.decode(errors="replace").split()
 
 
-async def _read_output(spawner: Spawner, *command: str) -> bytes:
-    try:
-        process = spawner.spawn(command, env={"LC_ALL": "C.UTF-8", "SYSTEMD_LOG_LEVEL": "err", "SYSTEMD_COLORS": "0"})
-    except OSError as err:
-        raise UnavailableError(f"{command[0]} cannot be started: {err.strerror}") from err
-    try:
-        async with asyncio.timeout(READ_SECONDS):
-            output = await _read_all(process, command[0])
-            if status := await process.wait():
-                said = (await process.stderr.read(_STDERR_BYTES)).decode(errors="replace").strip()
-                raise UnavailableError(f"{command[0]} ended with status {status}: {said or 'it said nothing'}")
-    except TimeoutError:
-        raise UnavailableError(f"{command[0]} did not answer within {READ_SECONDS:.0f} s") from None
-    finally:
-        try:
-            await process.kill()
-        finally:
-            process.close()
-    return output
-
-
-async def _read_all(process: Process, program: str) -> bytes:
-    pieces = []
-    size_bytes = 0
-    while piece := await process.stdout.read():
-        pieces.append(piece)
-        size_bytes += len(piece)
-        if size_bytes > MAX_OUTPUT_BYTES:
-            raise UnavailableError(f"{program} wrote more than {MAX_OUTPUT_BYTES} bytes")
-    return b"".join(pieces)
+async def _read(spawner: Spawner, *command: str) -> bytes:
+    environment = {"LC_ALL": "C.UTF-8", "SYSTEMD_LOG_LEVEL": "err", "SYSTEMD_COLORS": "0"}
+    return await read_output(
+        spawner, command, timeout_seconds=READ_SECONDS, max_bytes=MAX_OUTPUT_BYTES, env=environment
+    )

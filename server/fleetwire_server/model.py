@@ -158,7 +158,7 @@ class AuditEntry:
 
 
 class CommandStatus(StrEnum):
-    """Where a command is in its life; the table of transitions is in core/command_states.py."""
+    """Where a command is in its life; what may follow what is in core/command_states.py."""
 
     QUEUED = "queued"
     OFFERED = "offered"
@@ -173,6 +173,22 @@ class CommandStatus(StrEnum):
     INTERRUPTED = "interrupted"
     LOST = "lost"
 
+    @property
+    def is_end(self) -> bool:
+        """Whether the command is over. `lost` and `interrupted` are ends, though a late truth may refine them."""
+        return self not in (
+            CommandStatus.QUEUED, CommandStatus.OFFERED, CommandStatus.ACCEPTED, CommandStatus.RUNNING
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KilledProcess:
+    """A process that was ended with a command."""
+
+    pid: int
+    command: str  # its command line, cut
+    signal: str  # "TERM" or "KILL"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
@@ -185,7 +201,8 @@ class Command:
     created_at: float
     created_by: str
     expires_at: float  # an agent that has not been offered it by then never is
-    offered_to: str | None = None  # instance id of the agent that was offered it
+    offered_to: str | None = None  # instance id of the agent that was offered it, holds it, or was asked about it
+    accepted_at: float | None = None  # when the agent was first known to hold it; None: it may never have received it
     started_at: float | None = None
     finished_at: float | None = None
     cancel_requested_at: float | None = None
@@ -194,8 +211,30 @@ class Command:
     stderr_bytes: int = 0
     output_end: int = 0  # position after the last stored byte
     truncated: bool = False  # some output was not kept
-    late: bool = False  # an end known as lost or interrupted was refined afterwards
+    late: bool = False  # an end that was not proved was refined afterwards
+    is_orphan: bool = False  # not sent by this server as far as it knows: an agent held it
+    killed: tuple[KilledProcess, ...] = ()  # the first of those that were ended with it
+    killed_count: int = 0
     error: str | None = None
+
+    @property
+    def is_ended_alone(self) -> bool:
+        """Whether this server ended it, as never offered, without a word of its agent.
+
+        No proof that it has not run: a server restored from a backup may have offered it after that was made."""
+        is_unheard = self.offered_to is None and self.accepted_at is None
+        return is_unheard and self.status in (CommandStatus.CANCELLED, CommandStatus.EXPIRED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandKey:
+    """A user's name for one request, under which a second one is the same command. Unique for agent and user."""
+
+    agent_id: str
+    username: str
+    key: str
+    body_hash: str  # SHA-256 of what was asked for, hex
+    created_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,6 +41,12 @@ class ConflictError(FleetwireError):
     code = "conflict"
 
 
+class KeyReusedError(FleetwireError):
+    """The request's idempotency key was used for a request that asked for something else."""
+
+    code = "key_reused"
+
+
 class TooLargeError(FleetwireError):
     code = "too_large"
 

@@ -29,9 +29,15 @@ COMMAND_TIMEOUT_DEFAULT_SECONDS: Final = 30
 MAX_COMMAND_BYTES: Final = 128 * 1024
 """Linux refuses a single argument of 128 KiB or more (MAX_ARG_STRLEN), and `sh -c` takes the text as one."""
 
+MAX_KILLED_LISTED: Final = 100
+"""Processes a result names of those a stop ended; a fork bomb has thousands, of which the count tells."""
+
+COMMAND_PREVIEW_CHARACTERS: Final = 200
+"""Of a command's text in the hello: 256 of them must fit into one frame."""
+
 OUTPUT_WINDOW_BYTES: Final = 1024 * 1024
-"""Output of one command that the agent may hold unacknowledged. Connected, a full window stops reading the
-command's pipes; with the server away the oldest output is dropped instead, so the command never waits for it."""
+"""Output of one command that the agent sends ahead of `output_stored`. What does not fit waits on the host's disk, as
+all of it does while the server is away: bounds what a link and its peers hold of one command in memory."""
 
 OUTPUT_KEEP_BYTES: Final = 16 * 1024 * 1024
 """Output the server keeps of one stream of one command: the first half of this and the last half."""

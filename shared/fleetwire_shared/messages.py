@@ -7,7 +7,7 @@ came before, in the order in which the agent read them; `offset` counts within o
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Final, Literal, TypeAlias
 
 PROTOCOL_VERSION = 1
 """The newest version this code speaks. Each bump adds a dated line to docs/protocol.md and recorded frames."""
@@ -41,6 +41,18 @@ class LedgerEntry:
 
     command_id: str
     state: Literal["accepted", "running", "finished"]
+    # What the server needs to take over a command that it does not know, restored from a backup perhaps.
+    command: str = ""  # the first characters of its text
+    timeout_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KilledProcess:
+    """A process that a timeout, a cancel or the agent's removal ended."""
+
+    pid: int
+    command: str  # its command line, cut; its name in brackets where it has none
+    signal: Literal["TERM", "KILL"]  # KILL: it lived on through the grace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +60,7 @@ class Settlement:
     """The server's answer to one `LedgerEntry`.
 
     keep: go on; send output from `output_position` on, and the result when there is one.
-    forget: the server has the result, or never will want it.
+    forget: the server has the result, or never will want it. What waits does not start; what runs goes on.
     cancel: stop the command; the server has ended it meanwhile."""
 
     command_id: str
@@ -200,7 +212,7 @@ class CommandStarted:
 
     type: ClassVar[str] = "command_started"
     command_id: str
-    started_at: float  # Unix seconds, agent's clock
+    seconds_ago: float  # when this was sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,9 +239,11 @@ class CommandFinished:
     exit_code: int | None  # None where no exit status exists; 128 + n when signal n ended the shell
     stdout_bytes: int  # all that was written, also what was not kept
     stderr_bytes: int
-    started_at: float
+    seconds_ago: float  # since its end, when this was sent
     duration_seconds: float  # by a monotonic clock
     error: str | None = None
+    killed: tuple[KilledProcess, ...] = ()  # of a stopped command, at most MAX_KILLED_LISTED
+    killed_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,13 +305,18 @@ class Welcome:
     ledger: tuple[Settlement, ...] = ()
 
 
+NO_KIND: Final = "none"
+"""The kind of an offer that no agent takes: of an id that it holds or remembers it says what there is to say, as
+to any offer, and an id that it does not know it refuses with `unsupported` or `policy`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandOffer:
     """A command to run. Answered by `command_accepted` or `command_rejected`."""
 
     type: ClassVar[str] = "command_offer"
     command_id: str
-    kind: str  # "shell"
+    kind: str  # "shell"; NO_KIND asks what the agent knows of the id, and nothing is run
     command: str
     timeout_seconds: float
     remaining_seconds: float  # until the offer expires; relative, as no clock is compared between machines
@@ -305,12 +324,15 @@ class CommandOffer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CommandCancel:
-    """Stop the command and all it started, or never start it.
+    """Stop the command and all it started, or never start it: the agent remembers an id it has not seen yet, so that
+    an offer on its way is refused.
 
-    Answered by its `command_finished` or `command_rejected`."""
+    Answered by its `command_finished` or `command_rejected`. `expired` is for what was offered, never answered and is
+    out of time: only the agent can tell that it has not run."""
 
     type: ClassVar[str] = "command_cancel"
     command_id: str
+    reason: Literal["cancelled", "expired"] = "cancelled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

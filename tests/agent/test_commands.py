@@ -5,14 +5,20 @@ import base64
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tests.agent.command_rig import no_room
 
-from fleetwire_agent.commands import Commands, split_incomplete_character
+from fleetwire_agent.command_states import State
+from fleetwire_agent.commands import Commands
 from fleetwire_agent.config import Profile
 from fleetwire_agent.ledger import CommandMessage, Ledger
-from fleetwire_agent.processes import Spawner, read_process
+from fleetwire_agent.process_table import read_process
+from fleetwire_agent.processes import Spawner
+from fleetwire_agent.runner.shell import split_incomplete_character
+from fleetwire_agent.runners import find_launcher
 from fleetwire_shared.limits import CHUNK_BYTES, OUTPUT_WINDOW_BYTES
 from fleetwire_shared.messages import (
     CommandAccepted,
@@ -46,7 +52,7 @@ class Rig:
         self.told.append(message)
         if isinstance(message, CommandOutput) and self.stores_output:
             end = message.position + len(base64.b64decode(message.base64))
-            self.ledger.note_output_stored(message.command_id, end)
+            self.commands.note_output_stored(message.command_id, end)
         self._changed.set()
 
     async def wait_until(self, condition: Callable[[], bool]) -> None:
@@ -70,30 +76,51 @@ class Rig:
         return self.finished(command_id)[0]
 
     async def run(self, command: str, *, timeout_seconds: float = 30.0) -> CommandFinished:
-        assert self.commands.offer(make_offer(command, timeout_seconds=timeout_seconds)) is None
+        self.commands.offer(make_offer(command, timeout_seconds=timeout_seconds))
         return await self.result_of()
+
+    async def rejection_of(self, command_id: str = "cmd_1", count: int = 1) -> CommandRejected:
+        """Return the last of so many rejections."""
+
+        def find() -> list[CommandRejected]:
+            return [item for item in self.told if isinstance(item, CommandRejected) and item.command_id == command_id]
+
+        await self.wait_until(lambda: len(find()) >= count)
+        return find()[-1]
 
 
 @asynccontextmanager
-async def open_rig(*, max_at_once: int = 32, profile: Profile = "manage") -> AsyncIterator[Rig]:
-    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
-        ledger = Ledger()
-        rig = Rig(Commands(spawner=spawner, ledger=ledger, max_at_once=max_at_once, profile=profile), ledger)
+async def open_rig(directory: Path, *, max_at_once: int = 32, profile: Profile = "manage") -> AsyncIterator[Rig]:
+    environment = {"PATH": os.environ["PATH"]}
+    with Spawner(environment) as spawner:
+        ledger = Ledger(directory, boot_id="this boot", new_instance_id="instance")
+        found = ledger.open()
+        ledger.begin()
+        commands = Commands(
+            launcher=find_launcher(spawner),
+            ledger=ledger,
+            environment=environment,
+            max_at_once=max_at_once,
+            profile=profile,
+            grace_seconds=0.5,
+        )
+        rig = Rig(commands, ledger)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(rig.commands.serve()), group.create_task(rig.commands.deliver(rig.receive))]
+            tasks = [group.create_task(commands.serve(found)), group.create_task(commands.deliver(rig.receive))]
             await asyncio.sleep(0)
-            ledger.connect()
+            commands.connect()
             try:
                 yield rig
             finally:
-                await rig.commands.stop()
+                await commands.stop()
                 for task in tasks:
                     task.cancel()
+        await asyncio.to_thread(ledger.close)
 
 
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
-    async with open_rig() as rig:
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
+    async with open_rig(tmp_path / "state") as rig:
         yield rig
 
 
@@ -141,28 +168,38 @@ async def test_bytes_that_are_no_utf8_arrive_as_they_are(rig: Rig) -> None:
     assert rig.output("stdout") == b"\xff\xe2\x82"
 
 
-async def test_an_unacknowledged_window_makes_the_command_wait(rig: Rig) -> None:
+async def test_a_server_that_stores_nothing_is_told_a_window_and_gets_the_rest_later(rig: Rig) -> None:
     rig.stores_output = False
     rig.commands.offer(make_offer("head -c 5000000 /dev/zero; echo done >&2"))
-    await rig.wait_until(lambda: len(rig.output("stdout")) > OUTPUT_WINDOW_BYTES * 3 // 4)
-    entry = rig.ledger.get("cmd_1")
-    assert entry
-    assert entry.held_bytes <= OUTPUT_WINDOW_BYTES
+    await rig.wait_until(lambda: len(rig.output("stdout")) >= OUTPUT_WINDOW_BYTES)
+    assert len(rig.output("stdout")) < OUTPUT_WINDOW_BYTES + CHUNK_BYTES
     assert not rig.finished()
     rig.stores_output = True
-    rig.ledger.note_output_stored("cmd_1", len(rig.output("stdout")))
+    rig.commands.note_output_stored("cmd_1", len(rig.output("stdout")))
     assert (await rig.result_of()).stdout_bytes == 5_000_000
     assert len(rig.output("stdout")) == 5_000_000
 
 
-async def test_a_command_does_not_wait_for_a_server_that_is_away(rig: Rig) -> None:
-    rig.ledger.disconnect()
+async def test_a_command_waits_for_a_server_that_is_slow_and_not_for_one_that_is_away(rig: Rig, tmp_path: Path) -> None:
     rig.stores_output = False
-    result = await rig.run("head -c 5000000 /dev/zero; echo end")
-    assert result.stdout_bytes == 5_000_004
+    rig.commands.offer(make_offer(f"head -c 60000000 /dev/zero; touch {tmp_path}/done"))
+    await rig.wait_until(lambda: len(rig.output("stdout")) >= OUTPUT_WINDOW_BYTES)
+    await asyncio.sleep(1)
+    assert not (tmp_path / "done").exists()
+    rig.commands.disconnect()
+    async with asyncio.timeout(10):
+        while not (tmp_path / "done").exists():
+            await asyncio.sleep(0.05)
     entry = rig.ledger.get("cmd_1")
     assert entry
-    assert entry.held_bytes <= OUTPUT_WINDOW_BYTES
+    assert entry.directory
+    assert sum(path.stat().st_size for path in entry.directory.glob("output.*")) <= 33 * 1024 * 1024
+    rig.stores_output = True
+    rig.commands.note_output_stored("cmd_1", len(rig.output("stdout")))
+    result = await rig.result_of()
+    assert result.stdout_bytes == 60_000_000  # counted, also what was dropped in the middle
+    assert 30_000_000 < len(rig.output("stdout")) < 35_000_000
+    assert rig.pieces()[-1].position + len(base64.b64decode(rig.pieces()[-1].base64)) == 60_000_000
 
 
 async def test_a_timeout_kills_everything(rig: Rig) -> None:
@@ -175,10 +212,12 @@ async def test_a_timeout_kills_everything(rig: Rig) -> None:
 async def test_cancel_kills_everything(rig: Rig) -> None:
     rig.commands.offer(make_offer("setsid sh -c 'echo $$; exec sleep 600' & wait"))
     await rig.wait_until(lambda: rig.output("stdout").endswith(b"\n"))
-    assert rig.commands.cancel(CommandCancel(command_id="cmd_1")) is None
+    rig.commands.cancel(CommandCancel(command_id="cmd_1"))
     result = await rig.result_of()
     assert (result.status, result.exit_code) == ("cancelled", None)
     assert read_process(int(rig.output("stdout"))) is None
+    assert int(rig.output("stdout")) in [each.pid for each in result.killed]
+    assert result.killed_count == len(result.killed) == 2
 
 
 async def test_a_background_child_does_not_hold_the_command(rig: Rig) -> None:
@@ -204,15 +243,14 @@ async def test_a_command_with_a_nul_byte_has_failed(rig: Rig) -> None:
 async def test_only_so_many_run_at_once_and_the_others_wait_in_order(tmp_path: Path) -> None:
     fifo = tmp_path / "gate"
     os.mkfifo(fifo)
-    async with open_rig(max_at_once=1) as rig:
+    async with open_rig(tmp_path / "state", max_at_once=1) as rig:
         rig.commands.offer(make_offer(f"cat {fifo}", command_id="cmd_1"))
         for number in (2, 3, 4):
             rig.commands.offer(make_offer(f"echo {number} >> {tmp_path}/order", command_id=f"cmd_{number}"))
         await rig.wait_until(lambda: sum(isinstance(item, CommandAccepted) for item in rig.told) == 4)
         await rig.wait_until(lambda: any(isinstance(item, CommandStarted) for item in rig.told))
-        rejection = rig.commands.cancel(CommandCancel(command_id="cmd_3"))
-        assert isinstance(rejection, CommandRejected)
-        assert rejection.reason == "cancelled"
+        rig.commands.cancel(CommandCancel(command_id="cmd_3"))
+        assert (await rig.rejection_of("cmd_3")).reason == "cancelled"
         await asyncio.to_thread(fifo.write_text, "go")
         await rig.result_of("cmd_4")
     assert (tmp_path / "order").read_text() == "2\n4\n"
@@ -228,56 +266,125 @@ async def test_a_slow_command_does_not_delay_a_quick_one(rig: Rig) -> None:
     assert not rig.finished("cmd_slow")
 
 
+async def test_a_cancel_counts_also_where_the_disk_takes_nothing(tmp_path: Path) -> None:
+    async with open_rig(tmp_path / "state") as rig:
+        with no_room():
+            rig.commands.offer(make_offer("true", command_id="cmd_full"))
+            assert (await rig.rejection_of("cmd_full")).reason == "full"
+            rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs"))
+            rig.commands.cancel(CommandCancel(command_id="cmd_1"))  # before it is known that the offer is not on disk
+            assert (await rig.rejection_of()).reason == "cancelled"
+            rig.commands.cancel(CommandCancel(command_id="cmd_2"))
+            assert (await rig.rejection_of("cmd_2")).reason == "cancelled"
+        for command_id in ("cmd_1", "cmd_2"):
+            rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs", command_id=command_id))
+            assert (await rig.rejection_of(command_id, count=2)).reason == "cancelled"
+        rig.commands.offer(make_offer("true", command_id="cmd_full"))
+        assert (await rig.result_of("cmd_full")).status == "succeeded"  # which the disk takes, and all before with it
+    async with open_rig(tmp_path / "state") as rig:
+        rig.commands.offer(make_offer(f"echo ran >> {tmp_path}/runs"))
+        assert (await rig.rejection_of()).reason == "cancelled"
+        assert rig.ledger.state_of("cmd_2") is State.ENDED
+    assert not (tmp_path / "runs").exists()
+
+
 async def test_the_same_id_never_runs_twice(rig: Rig, tmp_path: Path) -> None:
     offer = make_offer(f"echo ran >> {tmp_path}/runs")
     rig.commands.offer(offer)
     result = await rig.result_of()
-    assert rig.commands.offer(offer) is None
+    rig.commands.offer(offer)
     await rig.wait_until(lambda: len(rig.finished()) == 2)  # answered by its state
     rig.ledger.note_stored("cmd_1")
-    assert rig.commands.offer(offer) == result  # remembered also when no longer held
+    rig.commands.offer(offer)
+    await rig.wait_until(lambda: len(rig.finished()) == 3)  # remembered also when no longer held
+    ages = [told.seconds_ago for told in rig.finished()]
+    assert [replace(told, seconds_ago=ages[0]) for told in rig.finished()] == [result] * 3
+    assert 0 < ages[0] < ages[1] < ages[2]
     assert (tmp_path / "runs").read_text() == "ran\n"
 
 
 async def test_a_cancel_before_its_offer_keeps_the_command_from_ever_starting(rig: Rig) -> None:
-    first = rig.commands.cancel(CommandCancel(command_id="cmd_1"))
-    second = rig.commands.offer(make_offer("true"))
-    assert isinstance(first, CommandRejected)
-    assert first == second
+    rig.commands.cancel(CommandCancel(command_id="cmd_1"))
+    first = await rig.rejection_of()
+    rig.commands.offer(make_offer("true"))
+    assert await rig.rejection_of(count=2) == first
+    assert first.reason == "cancelled"
     assert len(rig.ledger) == 0
 
 
 @pytest.mark.parametrize(
     ("offer", "reason"),
     [
-        (CommandOffer(command_id="c", kind="sql", command="x", timeout_seconds=1, remaining_seconds=1), "unsupported"),
-        (CommandOffer(command_id="c", kind="shell", command="x", timeout_seconds=1, remaining_seconds=0), "expired"),
-        (CommandOffer(command_id="c", kind="shell", command="x", timeout_seconds=-1, remaining_seconds=1), "invalid"),
+        (
+            CommandOffer(command_id="cmd_1", kind="sql", command="x", timeout_seconds=1, remaining_seconds=1),
+            "unsupported",
+        ),
+        (
+            CommandOffer(command_id="cmd_1", kind="shell", command="x", timeout_seconds=1, remaining_seconds=0),
+            "expired",
+        ),
+        (make_offer("x", timeout_seconds=-1), "invalid"),
+        (make_offer("x", command_id="c"), "invalid"),
+        (make_offer("x", command_id="cmd_1\n"), "invalid"),
     ],
 )
 async def test_an_offer_that_cannot_be_taken_is_rejected(rig: Rig, offer: CommandOffer, reason: str) -> None:
-    rejection = rig.commands.offer(offer)
-    assert isinstance(rejection, CommandRejected)
-    assert rejection.reason == reason
+    rig.commands.offer(offer)
+    assert (await rig.rejection_of(offer.command_id)).reason == reason
 
 
-async def test_the_profile_monitor_runs_no_command() -> None:
-    async with open_rig(profile="monitor") as rig:
-        answer = rig.commands.offer(make_offer("true"))
-        assert isinstance(answer, CommandRejected)
+async def test_an_id_that_is_a_path_leads_nowhere(tmp_path: Path) -> None:
+    victim = tmp_path / "victim.1"
+    victim.mkdir()
+    for command_id in ("../../victim", f"{tmp_path}/victim", "../../new"):
+        async with open_rig(tmp_path / "state") as rig:
+            rig.commands.offer(make_offer("true", command_id=command_id))
+            assert (await rig.rejection_of(command_id)).reason == "invalid"
+            rig.commands.cancel(CommandCancel(command_id=command_id))
+            await rig.rejection_of(command_id, count=2)
+        async with open_rig(tmp_path / "state") as rig:  # remembers the cancel
+            rig.commands.offer(make_offer("true", command_id=command_id))
+            assert (await rig.rejection_of(command_id)).reason == "cancelled"
+            rig.ledger.note_stored(command_id)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "victim.1"]
+
+
+async def test_the_profile_monitor_runs_no_command(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, profile="monitor") as rig:
+        rig.commands.offer(make_offer("true"))
+        answer = await rig.rejection_of()
         assert answer.reason == "policy"
         assert "profile monitor" in answer.message
+
+
+async def test_the_profile_monitor_runs_nothing_that_waits_in_its_ledger(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    ledger = Ledger(tmp_path / "state", boot_id="this boot", new_instance_id="instance")
+    ledger.open()
+    for number in (1, 2):
+        await ledger.add(make_offer(f"echo ran >> {runs}", command_id=f"cmd_{number}"))[1]
+    started = ledger.get("cmd_2")
+    assert started is not None
+    directory = ledger.directory_of(started)
+    await ledger.record_starting(started)  # and its runner never came up
+    ledger.close()
+    directory.mkdir()
+    async with open_rig(tmp_path / "state", profile="monitor") as rig:
+        for command_id in ("cmd_1", "cmd_2"):
+            answer = await rig.rejection_of(command_id)
+            assert answer.reason == "policy"
+            assert "profile monitor" in answer.message
+    assert not runs.exists()
 
 
 async def test_settling_sends_again_what_the_server_has_not_stored(rig: Rig) -> None:
     rig.stores_output = False
     await rig.run("printf abcdef")
-    rig.ledger.disconnect()
+    rig.commands.disconnect()
     rig.told.clear()
-    answers = rig.commands.settle([Settlement(command_id="cmd_1", action="keep", output_position=4)])
-    rig.ledger.connect()
+    rig.commands.settle([Settlement(command_id="cmd_1", action="keep", output_position=4)])
+    rig.commands.connect()
     await rig.result_of()
-    assert answers == []
     assert [(piece.position, piece.offset) for piece in rig.pieces()] == [(4, 4)]
     assert rig.output("stdout") == b"ef"
 
@@ -285,7 +392,9 @@ async def test_settling_sends_again_what_the_server_has_not_stored(rig: Rig) -> 
 async def test_settling_forgets_and_cancels_as_the_server_says(rig: Rig) -> None:
     await rig.run("true")
     rig.commands.offer(make_offer("sleep 600", command_id="cmd_2"))
-    await rig.wait_until(lambda: CommandAccepted(command_id="cmd_2") in rig.told)
+    await rig.wait_until(
+        lambda: any(isinstance(item, CommandStarted) and item.command_id == "cmd_2" for item in rig.told)
+    )
     rig.commands.settle(
         [Settlement(command_id="cmd_1", action="forget"), Settlement(command_id="cmd_2", action="cancel")]
     )
@@ -293,18 +402,42 @@ async def test_settling_forgets_and_cancels_as_the_server_says(rig: Rig) -> None
     assert (await rig.result_of("cmd_2")).status == "cancelled"
 
 
-async def test_stopping_interrupts_what_runs_and_what_waits() -> None:
-    async with open_rig(max_at_once=1) as rig:
+async def test_the_agents_removal_interrupts_what_runs_and_withdraws_what_waits(tmp_path: Path) -> None:
+    async with open_rig(tmp_path, max_at_once=1) as rig:
         rig.commands.offer(make_offer("trap '' TERM; echo $$; while :; do sleep 1; done", command_id="cmd_1"))
         rig.commands.offer(make_offer("true", command_id="cmd_2"))
         await rig.wait_until(lambda: rig.output("stdout").endswith(b"\n"))
-        async with asyncio.timeout(1.5):
-            await rig.commands.stop()
-        for command_id in ("cmd_1", "cmd_2"):
-            result = await rig.result_of(command_id)
-            assert result.status == "interrupted"
-            assert result.error
+        await rig.commands.stop()
+        assert (await rig.result_of("cmd_1")).status == "interrupted"
+        assert "removed" in (await rig.rejection_of("cmd_2")).message
         assert read_process(int(rig.output("stdout"))) is None
+
+
+async def test_another_agent_finds_a_running_command_again(tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    with Spawner({"PATH": os.environ["PATH"]}) as spawner:
+        ledger = Ledger(tmp_path / "state", boot_id="this boot", new_instance_id="instance")
+        ledger.open()
+        ledger.begin()
+        commands = Commands(launcher=find_launcher(spawner), ledger=ledger, environment={"PATH": os.environ["PATH"]})
+        first = Rig(commands, ledger)
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(commands.serve()), group.create_task(commands.deliver(first.receive))]
+            await asyncio.sleep(0)
+            commands.offer(make_offer(f"echo $$; until [ -e {gate} ]; do sleep 0.05; done; echo $$"))
+            await first.wait_until(lambda: first.output("stdout").endswith(b"\n"))
+            for task in tasks:  # as in an agent that was killed: nothing is told to anybody
+                task.cancel()
+        await asyncio.to_thread(ledger.close)
+    async with open_rig(tmp_path / "state") as rig:
+        assert [entry.state for entry in rig.ledger.list_entries()] == ["running"]
+        assert rig.ledger.instance_id == "instance"
+        gate.touch()
+        result = await rig.result_of()
+    assert (result.status, result.exit_code) == ("succeeded", 0)
+    pid = first.output("stdout")
+    assert rig.output("stdout") == pid * 2
+    assert result.stdout_bytes == len(pid) * 2
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,19 @@
 import os
 import subprocess
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fleetwire_agent.install import users
 from fleetwire_agent.install.bundle import open_own_bundle, parse_manifest
-from fleetwire_agent.install.changes import Changes, hand_over
+from fleetwire_agent.install.changes import Changes, pass_on
 from fleetwire_agent.install.failures import InstallError, describe_os_error
 from fleetwire_agent.install.host import Python, choose_python
 from fleetwire_agent.install.installation import Options, check_identity, read_agent_id
 from fleetwire_agent.install.layout import MARK, is_ours
-from fleetwire_agent.install.services import condense
+from fleetwire_agent.install.services import call, condense
 from fleetwire_agent.install.supervise import Log
 from fleetwire_agent.install.texts import build_init_script, build_launcher, build_settings, build_unit, needs_quoting
 from fleetwire_agent.install.uninstall import check_removable
@@ -23,6 +25,31 @@ KEY = "agt_" + "a" * 16 + "_" + "B" * 43
 OTHER_KEY = "agt_" + "b" * 16 + "_" + "C" * 43
 SERVER = "https://fleet.example"
 PIN = "sha256//" + "A" * 43 + "="
+
+
+# ---------------------------------------------------------------- programs of the host
+
+
+@pytest.mark.parametrize(
+    ("script", "reason", "words"),
+    [
+        ("echo useradd: cannot lock /etc/passwd >&2; exit 1", "failed", "failed: useradd: cannot lock /etc/passwd"),
+        ("echo No space left on device; exit 2", "disk_full", "failed: No space left on device"),
+        ("exit 9", "failed", "failed: status 9"),
+    ],
+)
+@pytest.mark.parametrize("run", [lambda *command: call(*command), lambda *command: users._run(command)])
+def test_a_program_that_fails_is_told_with_what_it_said(
+    run: Callable[..., None], script: str, reason: str, words: str
+) -> None:
+    with pytest.raises(InstallError, match=words) as problem:
+        run("sh", "-c", script)
+    assert problem.value.reason == reason
+
+
+def test_a_program_that_hangs_is_told_with_what_to_look_at() -> None:
+    with pytest.raises(InstallError, match=r"^sleep 60 did not end within 1 seconds; is the user database locked\?$"):
+        users._run(["sleep", "60"], seconds=1.0)
 
 
 # ---------------------------------------------------------------- texts
@@ -162,16 +189,23 @@ def test_one_step_that_cannot_be_undone_keeps_no_other_from_it(tmp_path: Path) -
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give files away")
-def test_handing_a_directory_over_follows_no_link(tmp_path: Path) -> None:
-    outside = tmp_path / "outside"
-    outside.write_text("root's")
-    state = tmp_path / "state"
-    (state / "deep").mkdir(parents=True)
-    (state / "deep/file").touch()
-    (state / "link").symlink_to(outside)
-    hand_over(state, 12345, 12346)
-    assert (state.stat().st_uid, (state / "deep/file").stat().st_gid) == (12345, 12346)
-    assert outside.stat().st_uid == 0
+def test_state_that_is_passed_on_is_empty_and_follows_no_link(tmp_path: Path) -> None:
+    outside, state = tmp_path / "outside", tmp_path / "state"
+    (outside / "deep").mkdir(parents=True)
+    (outside / "file").write_text("root's")
+    state.mkdir(mode=0o777)
+    (state / "ledger.0").symlink_to(outside / "file")
+    (state / "commands").symlink_to(outside)
+    (state / "other").mkdir()
+    (state / "other/link").symlink_to(outside)
+    (state / "ledger.1").write_text("forged")
+    before = snapshot(outside)
+    pass_on(state, 12345, 12346)
+    status = state.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o777) == (12345, 12346, 0o700)
+    assert list(state.iterdir()) == []
+    assert snapshot(outside) == before
+    assert (outside / "file").stat().st_uid == 0
 
 
 # ---------------------------------------------------------------- refusals

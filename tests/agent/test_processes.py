@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from fleetwire_agent.processes import COMMAND_ID_VARIABLE, Pipe, Spawner, kill_processes, read_process
+from fleetwire_agent.process_table import (
+    REAPED_AT_ONCE,
+    Family,
+    ProcessRow,
+    descendants_of,
+    read_process,
+)
+from fleetwire_agent.processes import Pipe, Spawner, kill_process
 
 ENVIRONMENT = {"PATH": os.environ["PATH"]}
 
@@ -106,11 +113,11 @@ async def test_closing_a_pipe_ends_a_waiting_read(spawner: Spawner) -> None:
 
 async def assert_kill_leaves_nothing(spawner: Spawner, script: str, *, grace_seconds: float = 0.2) -> None:
     """The script prints the pid of a process it started; it and the script must be gone after the kill."""
-    process = spawner.spawn(["sh", "-c", script], env={COMMAND_ID_VARIABLE: "cmd_test"})
+    process = spawner.spawn(["sh", "-c", script])
     async with asyncio.timeout(10):
         pid = await read_pid(process.stdout)
         assert read_process(pid)
-        assert await kill_processes([process], grace_seconds=grace_seconds) == []
+        assert await kill_process(process, grace_seconds=grace_seconds) == []
         await process.wait()
     assert read_process(pid) is None
     process.close()
@@ -128,10 +135,8 @@ async def test_kill_ends_a_stopped_child_by_sigterm(spawner: Spawner) -> None:
     await assert_kill_leaves_nothing(spawner, "sh -c 'echo $$; kill -STOP $$; sleep 600'", grace_seconds=5)
 
 
-async def test_kill_ends_an_orphan_whose_parents_are_gone(spawner: Spawner) -> None:
-    process = spawner.spawn(
-        ["sh", "-c", "(setsid sh -c 'echo $$; exec sleep 600' &) ; exit 0"], env={COMMAND_ID_VARIABLE: "cmd_test"}
-    )
+async def test_an_orphan_is_adopted_and_killed_while_it_is_in_the_session(spawner: Spawner) -> None:
+    process = spawner.spawn(["sh", "-c", "(sh -c 'echo $$; exec sleep 600' &) ; exit 0"])
     async with asyncio.timeout(10):
         pid = await read_pid(process.stdout)
         await process.wait()
@@ -148,7 +153,7 @@ async def test_kill_ends_a_descendant_that_dropped_session_and_environment(spawn
 
 
 async def test_kill_leaves_other_commands_alone(spawner: Spawner) -> None:
-    bystander = spawner.spawn(["sleep", "600"], env={COMMAND_ID_VARIABLE: "cmd_other"})
+    bystander = spawner.spawn(["sleep", "600"])
     await assert_kill_leaves_nothing(spawner, "echo $$; sleep 600")
     assert read_process(bystander.pid)
     async with asyncio.timeout(5):
@@ -166,6 +171,47 @@ async def test_kill_lets_a_child_clean_up_on_sigterm(spawner: Spawner, tmp_path:
         await process.kill()
         assert await process.wait() == 3
     assert told.read_text() == "bye\n"
+    process.close()
+
+
+async def test_more_children_at_once_than_are_reaped_in_one_go_are_all_reaped(spawner: Spawner) -> None:
+    async with asyncio.timeout(30):
+        with spawner.sharing_children():  # until its end they stay, and no signal tells of them afterwards
+            for _ in range(2 * REAPED_AT_ONCE + 1):
+                os.posix_spawn("/bin/true", ["true"], {})
+                await asyncio.sleep(0)
+            while any(read_process(pid) for pid in children_of(os.getpid())):
+                await asyncio.sleep(0.02)
+            for _ in range(3):  # what the loop still has to do for their signals
+                await asyncio.sleep(0)
+        assert len(children_of(os.getpid())) == REAPED_AT_ONCE + 1
+        while children_of(os.getpid()):
+            await asyncio.sleep(0.02)
+
+
+def children_of(pid: int) -> list[int]:
+    """Return all children, also those that only wait to be reaped."""
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(word) for word in text.split()]
+
+
+def row(pid: int, *, parent_pid: int, session_id: int = 0) -> ProcessRow:
+    return ProcessRow(pid, parent_pid=parent_pid, session_id=session_id, start_ticks=pid)
+
+
+def test_pids_that_were_used_again_while_they_were_read_close_no_circle() -> None:
+    rows = [row(1, parent_pid=3), row(2, parent_pid=1), row(3, parent_pid=2), row(4, parent_pid=9)]
+    assert [each.pid for each in descendants_of(rows, 1)] == [2, 3, 1]
+
+
+async def test_a_session_whose_leaders_pid_is_another_process_now_is_nobodys(spawner: Spawner) -> None:
+    process = spawner.spawn(["sleep", "600"])
+    present = read_process(process.pid)
+    assert present
+    assert Family([present]).read_members() == {present}
+    assert Family([present._replace(start_ticks=present.start_ticks - 1)]).read_members() == set()
+    async with asyncio.timeout(5):
+        await process.kill()
     process.close()
 
 

@@ -4,7 +4,8 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
@@ -16,6 +17,7 @@ from fleetwire_agent.commands import Commands
 from fleetwire_agent.config import AgentConfig
 from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.processes import Spawner
+from fleetwire_agent.runners import find_launcher
 from fleetwire_agent.session import Dialer, Failure, Outbox, Session, delay_before_dialling, describe_failure
 from fleetwire_shared.codec import decode, encode
 from fleetwire_shared.errors import ProtocolError
@@ -120,7 +122,7 @@ async def open_server(handler: Callable[[ServerConnection], Awaitable[None]]) ->
 
 
 @pytest.fixture
-async def rig() -> AsyncIterator[Rig]:
+async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     peers: asyncio.Queue[Peer] = asyncio.Queue()
 
     async def handle(socket: ServerConnection) -> None:
@@ -142,11 +144,13 @@ async def rig() -> AsyncIterator[Rig]:
 
     async with open_server(handle) as url:
         with Spawner({"PATH": os.environ["PATH"]}) as spawner:
-            ledger, outbox = Ledger(), Outbox()
-            commands = Commands(spawner=spawner, ledger=ledger)
+            ledger, outbox = Ledger(tmp_path, boot_id="this boot", new_instance_id="i"), Outbox()
+            ledger.open()
+            ledger.begin()
+            environment = {"PATH": os.environ["PATH"]}
+            commands = Commands(launcher=find_launcher(spawner), ledger=ledger, environment=environment)
             session = Session(
                 dial=Dialer(AgentConfig(server=url, key=KEY)).control,
-                instance_id="i",
                 read_host=lambda: FACTS,
                 outbox=outbox,
                 ledger=ledger,
@@ -162,6 +166,7 @@ async def rig() -> AsyncIterator[Rig]:
                 await commands.stop()
                 for task in tasks:
                     task.cancel()
+            await asyncio.to_thread(ledger.close)
 
 
 def make_offer(command: str, command_id: str = "cmd_1") -> CommandOffer:
@@ -204,7 +209,11 @@ async def test_a_result_that_was_not_stored_is_sent_again_on_the_next_link(rig: 
     output = await second.receive_until(CommandOutput)
     assert isinstance(output, CommandOutput)
     assert output.position == 0
-    assert await second.receive_until(CommandFinished) == result
+    again = await second.receive_until(CommandFinished)
+    assert isinstance(again, CommandFinished)
+    assert isinstance(result, CommandFinished)
+    assert again.seconds_ago > result.seconds_ago
+    assert replace(again, seconds_ago=result.seconds_ago) == result
     await second.send(CommandStored(command_id="cmd_1"))
     async with asyncio.timeout(5):
         await rig.ledger.is_reported.wait()

@@ -278,12 +278,22 @@ async def test_monitor_cannot_do_what_its_user_cannot(release: str, boot_host: B
     async with e2e_api.sse(f"{path}/stream/logs", source="journald", unit="fleetwire-agent", lines=1) as events:
         assert "fleetwire" in (await anext(events)).data
 
-    # manage, and monitor again: the user comes and goes with it.
+    # manage, and monitor again: the user comes and goes with it. What it leaves for root to follow is not followed.
     line = f'curl -fsSL "{e2e_api.url}/api/agents/install-script?key=$(cat /etc/fleetwire/agent.key)" | bash'
+    state = "/var/lib/fleetwire-agent"
+    host.exec(f"mkdir -p /srv/victim/kept; rm -r {state}/commands {state}/ledger.1")
+    host.exec(f"ln -s /srv/victim {state}/commands; ln -s /srv/public.txt {state}/ledger.1")
+    host.exec(f"chown -h fleetwire-agent: {state}/commands {state}/ledger.1")
     await run(host, with_options(line, "--profile", "manage"))
     assert (await e2e_api.run(agent_id, "id -un"))["output"] == "root\n"
     assert host.exec("getent passwd fleetwire-agent", check=False).stdout == ""
+    assert host.exec("ls /srv/victim; cat /srv/public.txt").stdout == "kept\npublic\n"
+    command_id = await e2e_api.submit(agent_id, "setsid sleep 7780 & sleep 7780", timeout=900)
+    await e2e_api.wait_for_command(agent_id, command_id, "running")
     await run(host, with_options(line, "--profile", "monitor"))
+    assert (await e2e_api.wait_for_command(agent_id, command_id))["status"] == "interrupted"
+    assert "7780" not in host.exec("ps -eo args").stdout
+    assert host.exec(f"find {state} ! -user fleetwire-agent; ls {state}/commands").stdout == ""
     assert (await e2e_api.run(agent_id, "id"))["status"] == "rejected"
     await run(host, line)  # without saying which: the profile stays
     assert (await e2e_api.run(agent_id, "id"))["status"] == "rejected"
@@ -311,8 +321,11 @@ async def test_hosts_without_systemd(init: str, boot_host: BootHost, e2e_api: Ap
     await eventually(agent_pid, lambda pid: pid not in ("", before))
     await e2e_api.wait_for_agent(agent_id)
     await run(host, line)
+    command_id = await e2e_api.submit(agent_id, "setsid sleep 7781 & sleep 7781", timeout=900)
+    await e2e_api.wait_for_command(agent_id, command_id, "running")
     await run(host, "fleetwire-agent uninstall --purge")
     assert traces(host) == []
+    assert (await e2e_api.wait_for_command(agent_id, command_id))["status"] == "interrupted"
 
 
 # ---------------------------------------------------------------- TLS

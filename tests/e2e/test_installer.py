@@ -4,6 +4,7 @@ After a failure a new host is as if nothing had been, and an upgraded one runs w
 
 import asyncio
 import json
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,10 @@ class Subject:
     def status(self) -> str:
         return self.host.exec("fleetwire-agent status", check=False).stdout
 
+    async def purge(self) -> None:
+        await self.run(f"python3 -I {BUNDLE} uninstall --purge --json", expect=0)
+        assert self.traces() == []
+
     def traces(self) -> list[str]:
         return [trace for trace in traces(self.host) if not trace.startswith(str(LOG))]
 
@@ -72,7 +77,26 @@ async def test_what_is_interrupted_is_undone_and_what_is_killed_is_mended(
     init: str, boot_host: BootHost, e2e_api: Api
 ) -> None:
     subject = await make_subject(boot_host("bookworm", init=init), e2e_api)
-    for signal, after_seconds in (("TERM", 0.7), ("INT", 1.0), ("HUP", 1.2), ("TERM", 1.4)):
+    began = time.monotonic()
+    await subject.install()
+    install_seconds = time.monotonic() - began  # how far it is at a moment depends on the machine
+    await subject.purge()
+    for signal, share in (("TERM", 0.3), ("INT", 0.45), ("HUP", 0.6), ("TERM", 0.75)):
+        assert await interrupt(subject, signal, share * install_seconds), f"{signal} always came too late"
+    for share in (0.5, 0.75):
+        after_seconds = share * install_seconds
+        script = f"({subject.line()}) >/dev/null & sleep {after_seconds}; pkill -KILL -f '^python3 -I {BUNDLE} install'"
+        await subject.run(f"{script}; wait; echo '{{\"result\": null}}'")
+        answer = await subject.install()
+        assert answer["agent_id"] == subject.agent_id
+        left = "ls -a /opt/fleetwire-agent /opt/fleetwire-agent/versions /etc/fleetwire /usr/local/bin"
+        assert not {".pending", "unpacking"} & set(subject.host.exec(left).stdout.replace("-", " ").split())
+        await subject.purge()
+
+
+async def interrupt(subject: Subject, signal: str, after_seconds: float) -> bool:
+    """Interrupt an installation, earlier each time it was done before; return whether one was struck and undone."""
+    for _ in range(5):
         # setsid: a shell's background job has SIGINT switched off. Status 130 and so on: before it had begun.
         script = f"({subject.line()} >/root/said; echo $? >/root/status) & sleep {after_seconds};"
         script += (
@@ -80,16 +104,12 @@ async def test_what_is_interrupted_is_undone_and_what_is_killed_is_mended(
         )
         await subject.run(script.replace("python3 -I", "setsid -w python3 -I", 1))
         status = subject.host.exec("cat /root/status").stdout.strip()
-        assert subject.traces() == [], f"{signal} after {after_seconds} s: {status}"
-    for after_seconds in (1.0, 1.4):
-        script = f"({subject.line()}) >/dev/null & sleep {after_seconds}; pkill -KILL -f '^python3 -I {BUNDLE} install'"
-        await subject.run(f"{script}; wait; echo '{{\"result\": null}}'")
-        answer = await subject.install()
-        assert answer["agent_id"] == subject.agent_id
-        left = "ls -a /opt/fleetwire-agent /opt/fleetwire-agent/versions /etc/fleetwire /usr/local/bin"
-        assert not {".pending", "unpacking"} & set(subject.host.exec(left).stdout.replace("-", " ").split())
-        await subject.run(f"python3 -I {BUNDLE} uninstall --purge --json", expect=0)
-        assert subject.traces() == []
+        if status != "0":
+            assert subject.traces() == [], f"{signal} after {after_seconds} s: {status}"
+            return True
+        await subject.purge()
+        after_seconds *= 0.7
+    return False
 
 
 async def test_two_at_once_and_a_reader_that_is_gone(boot_host: BootHost, e2e_api: Api, tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 import asyncio
 import time
-from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.e2e.conftest import BootHost
 from tests.support.api import Api
 from tests.support.eventually import eventually
+from tests.support.hosts import Host
 from tests.support.installed import install, make_form, run
 
 CUT_SECONDS = 120.0
@@ -115,7 +116,7 @@ async def test_a_full_disk_on_the_host(release: str, boot_host: BootHost, e2e_ap
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
     host.exec("cat /dev/zero >/srv/filler 2>/dev/null; cat /dev/zero >/var/filler 2>/dev/null; true")
-    command = await e2e_api.run(agent_id, "echo still here; echo x >/srv/file")
+    command = await e2e_api.run(agent_id, "echo still here; head -c 100M /dev/zero >/srv/file")
     assert command["output"].startswith("still here\n")
     assert "No space left" in command["output"]
     async with e2e_api.open("POST", f"{path}/files", data=make_form("/srv/upload", bytes(1_000_000))) as response:
@@ -136,57 +137,21 @@ async def test_a_full_disk_on_the_host(release: str, boot_host: BootHost, e2e_ap
     assert host.exec("cat /srv/upload").stdout == "content"
 
 
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("release", ["bookworm", "trixie"])
-async def test_a_clock_that_is_an_hour_behind_changes_nothing(release: str, boot_host: BootHost, e2e_api: Api) -> None:
+async def test_a_clock_that_is_set_back_and_forward_an_hour_changes_nothing(
+    release: str, boot_host: BootHost, e2e_api: Api
+) -> None:
     host = boot_host(release)
     agent_id = await install(e2e_api, host)
     path = f"/api/agents/{agent_id}"
-    library = host.exec("find / -xdev -name libfaketime.so.1 | head -n 1").stdout.strip()
-    assert library
-    drop_in = "/etc/systemd/system/fleetwire-agent.service.d/clock.conf"
-    host.exec(f"mkdir -p {Path(drop_in).parent}")
-    # Only the wall clock: a step of the clock does not touch the monotonic one. Read anew at each look at it, so that
-    # it steps while the agent runs.
-    host.write("/etc/faketime", "+0\n")
-    variables = (
-        f"LD_PRELOAD={library}",
-        "FAKETIME_TIMESTAMP_FILE=/etc/faketime",
-        "FAKETIME_NO_CACHE=1",
-        "FAKETIME_DONT_FAKE_MONOTONIC=1",
-        "DONT_FAKE_MONOTONIC=1",
-    )
-    host.write(drop_in, "[Service]\n" + "".join(f"Environment={variable}\n" for variable in variables))
-    await run(host, "systemctl daemon-reload && systemctl restart fleetwire-agent")
+    await _fake_clock(host)
     await e2e_api.wait_for_agent(agent_id)
-    running = await e2e_api.submit(agent_id, "sleep 12; echo done", timeout=60)
-    await e2e_api.wait_for_command(agent_id, running, "running")
-    pid = host.exec("systemctl show -P MainPID fleetwire-agent").stdout
-    host.write("/etc/faketime", "-1h\n")
 
-    def is_behind(agent: dict[str, object]) -> bool:
-        metrics = agent["metrics"]
-        return (
-            isinstance(metrics, dict)
-            and agent["status"] == "online"
-            and 3500 < metrics["received_at"] - metrics["sampled_at"] < 3700
-        )
+    # Back, and from there forward by two hours; while it is ahead, the agent is restarted, too.
+    await _run_through_a_step_of_the_clock(host, e2e_api, agent_id, "-1h", (-3700, -3500), has_restart=False)
+    await _run_through_a_step_of_the_clock(host, e2e_api, agent_id, "+1h", (3500, 3700), has_restart=True)
 
-    detail = await eventually(lambda: e2e_api.get(path), is_behind, timeout_seconds=30)
-    assert host.exec("systemctl show -P MainPID fleetwire-agent").stdout == pid
-    assert abs(detail["last_seen"] - time.time()) < 30
-    over = await e2e_api.wait_for_command(agent_id, running)
-    assert (over["status"], over["output"]) == ("succeeded", "done\n")
-    assert 11 < over["finished_at"] - over["started_at"] < 20
-    command = await e2e_api.run(agent_id, "echo on time; sleep 1")
-    assert command["status"] == "succeeded"
-    assert command["created_at"] <= command["started_at"] + 0.1
-    assert 0.9 <= command["finished_at"] - command["started_at"] < 5
-    timed_out = await e2e_api.run(agent_id, "sleep 60", timeout=2)
-    assert timed_out["status"] == "timed_out"
-    expired = await e2e_api.post(
-        f"{path}/commands", {"type": "shell", "params": {"command": "echo in time"}, "expires_in": 30}
-    )
-    assert (await e2e_api.wait_for_command(agent_id, expired["command_id"]))["status"] == "succeeded"
     host.write("/var/log/app.log", "first\n")
     async with e2e_api.sse(f"{path}/stream/logs", source="file", path="/var/log/app.log") as events:
         assert (await anext(events)).data == "first"
@@ -194,3 +159,101 @@ async def test_a_clock_that_is_an_hour_behind_changes_nothing(release: str, boot
         assert (await anext(events)).data == "second"
     history = await e2e_api.call("GET", f"{path}/metrics", params={"from": time.time() - 120})
     assert history["points"]
+
+
+async def _fake_clock(host: Host) -> None:
+    """Give the agent, runners and commands a wall clock that steps as soon as /etc/faketime says so, while they run.
+
+    Of the manager's environment, as a runner's unit has nothing of its agent's. The monotonic clocks stay as they are:
+    a step of the real clock does not touch them either."""
+    library = host.exec("find / -xdev -name libfaketime.so.1 | head -n 1").stdout.strip()
+    assert library
+    host.write("/etc/faketime", "+0\n")
+    variables = (
+        f"LD_PRELOAD={library}",
+        "FAKETIME_TIMESTAMP_FILE=/etc/faketime",
+        "FAKETIME_NO_CACHE=1",
+        "FAKETIME_DONT_FAKE_MONOTONIC=1",
+        "DONT_FAKE_MONOTONIC=1",
+        "FLEETWIRE_AGENT_MAX_COMMANDS_AT_ONCE=3",
+    )
+    await run(host, f"systemctl set-environment {' '.join(variables)} && systemctl restart fleetwire-agent")
+
+
+async def _run_through_a_step_of_the_clock(
+    host: Host, api: Api, agent_id: str, step: str, expected_seconds: tuple[float, float], *, has_restart: bool
+) -> None:
+    path = f"/api/agents/{agent_id}"
+
+    async def submit(command: str, timeout: float, expires_in: int = 3600) -> str:
+        body = {"type": "shell", "params": {"command": command, "timeout": timeout}, "expires_in": expires_in}
+        return str((await api.post(f"{path}/commands", body))["command_id"])
+
+    # Three take all places, three wait for one.
+    running = await submit("date +%s; sleep 15; date +%s; echo done", timeout=60)
+    overdue = await submit("sleep 3600", timeout=20)
+    gated = await submit("until [ -e /root/gate ]; do sleep 0.1; done", timeout=300)
+    for command_id in (running, overdue, gated):
+        await api.wait_for_command(agent_id, command_id, "running")
+    waiting = await submit("date +%s; echo waited", timeout=60, expires_in=120)
+    expiring = await submit("touch /root/never", timeout=60, expires_in=6)
+    limited = await submit("sleep 3600", timeout=2, expires_in=120)
+    for command_id in (waiting, expiring, limited):
+        await api.wait_for_command(agent_id, command_id, "accepted")
+    runner = host.exec(f"systemctl show -P MainPID fleetwire-{running.replace('_', '-')}.1").stdout.strip()
+    assert "libfaketime" in host.exec(f"cat /proc/{runner}/maps").stdout
+    pid = host.exec("systemctl show -P MainPID fleetwire-agent").stdout
+
+    host.write("/etc/faketime", f"{step}\n")
+    if has_restart:
+        await run(host, "systemctl restart fleetwire-agent")
+    after = await submit("date +%s; echo after", timeout=60, expires_in=120)
+
+    def is_shifted(agent: dict[str, Any]) -> bool:
+        metrics, (least, most) = agent["metrics"], expected_seconds
+        is_online = agent["status"] == "online" and metrics is not None
+        return is_online and least < metrics["sampled_at"] - metrics["received_at"] < most
+
+    detail = await eventually(lambda: api.get(path), is_shifted, timeout_seconds=30)
+    assert abs(detail["last_seen"] - time.time()) < 30
+    assert (host.exec("systemctl show -P MainPID fleetwire-agent").stdout == pid) is not has_restart
+
+    ends = {
+        name: await api.wait_for_command(agent_id, command_id, timeout_seconds=60)
+        for name, command_id in {
+            "running": running, "overdue": overdue, "expiring": expiring, "waiting": waiting, "limited": limited,
+            "after": after,
+        }.items()
+    }  # fmt: skip
+    assert {name: end["status"] for name, end in ends.items()} == {
+        "running": "succeeded", "overdue": "timed_out", "expiring": "expired", "waiting": "succeeded",
+        "limited": "timed_out", "after": "succeeded",
+    }  # fmt: skip
+    begun, ended, *said = ends["running"]["output"].split()
+    assert said == ["done"]
+    assert abs(int(ended) - int(begun)) > 3000, "the clock of what runs was not set"
+    assert not host.exists("/root/never")
+    least, most = expected_seconds
+    for name in ("waiting", "after"):
+        shown, word = ends[name]["output"].split()
+        assert word == {"waiting": "waited", "after": "after"}[name]
+        assert least - 60 < int(shown) - time.time() < most + 60
+    for name, seconds in {"running": 15, "overdue": 20, "waiting": 0, "limited": 2, "after": 0}.items():
+        end = ends[name]
+        assert seconds - 0.1 <= end["finished_at"] - end["started_at"] < seconds + 10, name
+        assert end["created_at"] - 0.1 <= end["started_at"] <= end["finished_at"] <= time.time() + 0.1, name
+    expired = ends["expiring"]
+    assert 5 < expired["finished_at"] - expired["created_at"] < 13
+    assert (await api.get(f"{path}/commands/{gated}"))["status"] == "running"
+
+    # What ends unheard ended when it did, whatever the host's clock says.
+    submitted_at = time.time()
+    unheard = await submit("sleep 4", timeout=60)
+    await api.wait_for_command(agent_id, unheard, "running")
+    await run(host, "systemctl stop fleetwire-agent")
+    await asyncio.sleep(8)
+    await run(host, "systemctl start fleetwire-agent")
+    assert 4 <= (await api.wait_for_command(agent_id, unheard))["finished_at"] - submitted_at < 7
+    host.exec("touch /root/gate")
+    assert (await api.wait_for_command(agent_id, gated))["status"] == "succeeded"
+    host.exec("rm /root/gate")

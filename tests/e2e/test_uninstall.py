@@ -70,6 +70,21 @@ async def test_what_could_not_be_removed_is_said_and_removed_the_next_time(boot_
     await eventually(look, lambda found: found == [], timeout_seconds=15)
 
 
+async def test_commands_of_an_agent_with_another_state_directory_are_stopped_too(
+    boot_host: BootHost, e2e_api: Api
+) -> None:
+    host = boot_host("bookworm")
+    agent_id = await install(e2e_api, host)
+    host.exec("echo 'state_dir = \"/srv/fleetwire\"' >>/etc/fleetwire/agent.toml; systemctl restart fleetwire-agent")
+    command_id = await e2e_api.submit(agent_id, "setsid sleep 7779 & sleep 7779", timeout=900)
+    await e2e_api.wait_for_command(agent_id, command_id, "running")
+    said = await run(host, "fleetwire-agent uninstall")
+    assert "1 running commands are ended" in said
+    assert "/srv/fleetwire are kept" in said
+    assert "7779" not in host.exec("ps -eo args").stdout
+    assert (await e2e_api.wait_for_command(agent_id, command_id))["status"] == "interrupted"
+
+
 async def test_an_agent_that_only_watches_refuses_to_remove_itself(boot_host: BootHost, e2e_api: Api) -> None:
     host = boot_host("bookworm")
     agent_id = await install(e2e_api, host, "--profile", "monitor")

@@ -69,7 +69,7 @@ def make_finished(**changes: Any) -> dict[str, Any]:
         "exit_code": 1,
         "stdout_bytes": 10,
         "stderr_bytes": 0,
-        "started_at": 1718000000.5,
+        "seconds_ago": 60.5,
         "duration_seconds": 0.25,
     } | changes
 

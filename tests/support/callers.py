@@ -10,6 +10,8 @@ from tests.support.processes import ADMIN_PASSWORD, ServerProcess
 from fleetwire_server.core.tokens import hash_token
 
 USER_PASSWORD = "eleven purple bicycles"
+CHANGED_USER = "changed"
+"""Nobody logs in as this one: a test may give it any password, which ends its sessions."""
 """Of the users `operator` and `viewer` that `make_callers` adds."""
 
 
@@ -33,6 +35,8 @@ async def make_callers(server: ServerProcess) -> Callers:
         admin = await api.login("admin", ADMIN_PASSWORD)
         for role in ("operator", "viewer"):
             await api.post("/api/users", {"username": role, "password": USER_PASSWORD, "role": role}, status=201)
+        changed = {"username": CHANGED_USER, "password": USER_PASSWORD, "role": "viewer"}
+        await api.post("/api/users", changed, status=201)
         expired, logged_out = [await log_in(server, "admin", ADMIN_PASSWORD) for _ in range(2)]
         await api.post("/api/logout", token=logged_out)
         expire_session(server, expired)

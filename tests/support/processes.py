@@ -14,6 +14,9 @@ from typing import IO, Self
 
 from tests.support.hosts import Host
 
+from fleetwire_agent.runner.files import COMMANDS
+from fleetwire_agent.runners import stop_commands
+
 _BIN = Path(sys.executable).parent  # where pip put our commands; not resolved: it is the environment that counts
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -227,6 +230,11 @@ class AgentProcess(Process):
             log=directory / "agent.log",
             environment=plain_environment() | dict(environment or {}),
         )
+
+    def close(self) -> None:
+        """End it, and the commands that outlive it."""
+        super().close()
+        stop_commands(self.state_dir / COMMANDS)
 
 
 class HostAgentProcess(AgentProcess):

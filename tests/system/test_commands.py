@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import random
 import shlex
 from pathlib import Path
 from typing import Any
@@ -215,18 +216,35 @@ async def test_cancel_at_the_moment_of_the_end_breaks_nothing(fleet: Fleet, api:
 # ---------------------------------------------------------------- many at once
 
 
-async def test_twenty_commands_run_at_once_and_a_slow_one_delays_nobody(fleet: Fleet, api: Api, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    slow = [
-        await api.submit(fleet.agent_id, f"touch {tmp_path}/{number}; until [ -e {gate} ]; do sleep 0.1; done")
-        for number in range(20)
-    ]
-    for number in range(20):
+async def test_thirty_two_commands_run_at_once_and_the_next_waits_for_a_place(
+    fleet: Fleet, api: Api, tmp_path: Path
+) -> None:
+    """By the setting that an agent has when it is told nothing."""
+
+    async def submit_slow(number: int) -> str:
+        gate = tmp_path / ("first gate" if number == 0 else "gate")
+        return await api.submit(
+            fleet.agent_id, f"touch {tmp_path}/{number}; until [ -e '{gate}' ]; do sleep 0.3; done", timeout=120
+        )
+
+    async def read_statuses(ids: list[str]) -> list[str]:
+        return [(await api.get(command_path(fleet.agent_id, each)))["status"] for each in ids]
+
+    slow = [await submit_slow(number) for number in range(31)]
+    for number in range(31):
         await until_written(tmp_path / str(number))  # each runs though none before it has ended
     quick = await api.run(fleet.agent_id, "echo quick")
     assert quick["output"] == "quick\n"
-    assert {(await api.get(command_path(fleet.agent_id, each)))["status"] for each in slow} == {"running"}
-    gate.touch()
+    slow += [await submit_slow(number) for number in (31, 32)]
+    await until_written(tmp_path / "31")
+    await api.wait_for_command(fleet.agent_id, slow[32], "accepted")
+    await asyncio.sleep(1)  # in which it would start, had it a place
+    assert await read_statuses(slow) == ["running"] * 32 + ["accepted"]
+    assert not (tmp_path / "32").exists()
+    (tmp_path / "first gate").touch()
+    await until_written(tmp_path / "32")
+    assert await read_statuses(slow[1:]) == ["running"] * 32
+    (tmp_path / "gate").touch()
     for each in slow:
         assert (await api.wait_for_command(fleet.agent_id, each))["status"] == "succeeded"
 
@@ -296,6 +314,61 @@ async def test_the_stream_resumes_at_any_byte(fleet: Fleet, api: Api) -> None:
             pass
 
 
+async def test_the_stream_resumes_at_any_byte_at_any_time_while_it_runs(fleet: Fleet, api: Api, tmp_path: Path) -> None:
+    """Also within a character: what is left of it is shown as one that is none, and the positions stay exact."""
+    gate, lines = tmp_path / "gate", 300
+    whole = "".join(f"Zeile {number:03} für 世界\n" for number in range(1, lines + 1)).encode()
+    text = f"for i in $(seq {lines}); do printf 'Zeile %03d für 世界\\n' $i; sleep 0.01; done"
+    command_id = await api.submit(fleet.agent_id, f"{text}; until [ -e {gate} ]; do sleep 0.1; done", timeout=120)
+    path = command_path(fleet.agent_id, command_id)
+    chance = random.Random(17)
+    within = [position for position in range(len(whole)) if whole[position] & 0xC0 == 0x80]
+    of_two_bytes = [position for position in within if whole[position - 1 : position + 1] == "ü".encode()]
+    positions = [chance.randrange(1, len(whole)) for _ in range(16)]
+    positions += chance.sample(within, 4) + chance.sample(of_two_bytes, 4)
+    reached, to_join = asyncio.Condition(), len(positions)
+    end = 0
+
+    async def lead() -> None:
+        nonlocal end
+        async with api.sse(f"{path}/stream") as events:
+            async for event in events:
+                if event.event == "output":
+                    async with reached:
+                        end = int(event.id or "")
+                        reached.notify_all()
+
+    async def resume(position: int) -> None:
+        nonlocal to_join
+        async with reached:
+            await reached.wait_for(lambda: end >= position)
+        async with api.sse(f"{path}/stream", last_event_id=str(position)) as events:
+            seen = [await anext(events)]
+            assert seen[0].json()["status"] == "running"
+            to_join -= 1
+            if not to_join:
+                gate.touch()
+            seen += [event async for event in events]
+        assert_is_rest(seen, position)
+
+    def assert_is_rest(seen: list[Event], position: int) -> None:
+        outputs = [event for event in seen if event.event == "output"]
+        assert {event.event for event in seen} - {"output"} == {"status", "end"}
+        for event in outputs:
+            next_position = int(event.id or "")
+            assert event.json()["text"] == whole[position:next_position].decode(errors="replace"), position
+            position = next_position
+        assert position == len(whole)
+
+    async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+        group.create_task(lead())
+        for position in positions:
+            group.create_task(resume(position))
+    assert (await api.wait_for_command(fleet.agent_id, command_id))["status"] == "succeeded"
+    for position in positions:
+        assert_is_rest(await collect(api, path, str(position)), position)
+
+
 async def test_a_viewer_that_reconnects_while_it_runs_loses_nothing(fleet: Fleet, api: Api) -> None:
     command_id = await api.submit(fleet.agent_id, "for i in $(seq 60); do echo line $i; sleep 0.02; done")
     path = command_path(fleet.agent_id, command_id)
@@ -360,7 +433,7 @@ async def test_commands_wait_for_an_agent_that_is_away_and_keep_their_order(
     await api.post(f"{command_path(agent.agent_id, cancelled)}/cancel", status=409)
     expired = await api.wait_for_command(agent.agent_id, expiring)
     assert (expired["status"], expired["exit_code"]) == ("expired", None)
-    assert "not been run" in expired["error"]
+    assert "out of time before this server offered it" in expired["error"]
     problem = await send(api, agent.agent_id, f"touch {never}", on_offline="fail", status=503)
     assert problem["code"] == "unavailable"
     assert [command["status"] for command in await api.get(f"/api/agents/{agent.agent_id}/commands")][2:] == [
@@ -375,13 +448,29 @@ async def test_commands_wait_for_an_agent_that_is_away_and_keep_their_order(
     assert (await send(api, agent.agent_id, "true", on_offline="fail"))["status"] == "queued"
 
 
-async def test_more_commands_than_an_agent_may_hold_wait_and_all_run(fleet: Fleet, api: Api, tmp_path: Path) -> None:
-    ran = tmp_path / "ran"
-    ids = await asyncio.gather(*(api.submit(fleet.agent_id, f"echo {number} >> {ran}") for number in range(300)))
-    for command_id in ids:
-        ended = await api.wait_for_command(fleet.agent_id, command_id, timeout_seconds=60)
-        assert ended["status"] == "succeeded"
-    assert sorted(map(int, ran.read_text().split())) == list(range(300))
+@pytest.mark.parametrize("away", ["server", "agent"])
+async def test_the_history_shows_when_a_command_ran_that_nobody_heard_of(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path, away: str
+) -> None:
+    server = start_server()
+    api = await open_api(server)
+    agent = await start_agent(api, environment={"FLEETWIRE_AGENT_MAX_COMMANDS_AT_ONCE": "1"})
+    gate, date = tmp_path / "gate", "date +%s.%N"
+    first = await api.submit(agent.agent_id, f"until [ -e {gate} ]; do sleep 0.1; done; {date}")
+    second = await api.submit(agent.agent_id, f"{date}; sleep 2; {date}")
+    await api.wait_for_command(agent.agent_id, first, "running")
+    await api.wait_for_command(agent.agent_id, second, "accepted")
+    gone = server if away == "server" else agent
+    gone.kill()
+    gate.touch()
+    await asyncio.sleep(8)  # how long ago it was, when somebody hears of it
+    gone.start()
+    gone.wait_until_started()
+    ends = [await api.wait_for_command(agent.agent_id, command_id) for command_id in (first, second)]
+    assert [end["status"] for end in ends] == ["succeeded"] * 2
+    ended, *printed = [float(line) for end in ends for line in end["output"].split()]
+    assert ends[0]["finished_at"] == pytest.approx(ended, abs=1)
+    assert [ends[1]["started_at"], ends[1]["finished_at"]] == pytest.approx(printed, abs=1)
 
 
 # ---------------------------------------------------------------- requests that are wrong

@@ -292,7 +292,7 @@ async def test_an_agent_cannot_report_on_the_command_of_another(server: ServerPr
             assert isinstance(offer, CommandOffer)
             await owner.say(CommandAccepted(command_id=command_id))
             await api.wait_for_command(owner_id, command_id, "accepted")
-            await thief.say(CommandStarted(command_id=command_id, started_at=1.0))
+            await thief.say(CommandStarted(command_id=command_id, seconds_ago=0.1))
             await thief.say(
                 CommandOutput(command_id=command_id, stream="stdout", position=0, offset=0, base64="c3RvbGVu")
             )
@@ -300,7 +300,7 @@ async def test_an_agent_cannot_report_on_the_command_of_another(server: ServerPr
             assert (await thief.hear()).type == "command_stored"  # it has been read, then: forget it
             command = await api.get(f"/api/agents/{owner_id}/commands/{command_id}")
             assert (command["status"], command["output"]) == ("accepted", "")
-            await owner.say(CommandStarted(command_id=command_id, started_at=1.0))
+            await owner.say(CommandStarted(command_id=command_id, seconds_ago=0.1))
             await owner.say(finished(command_id))
             assert (await api.wait_for_command(owner_id, command_id))["status"] == "succeeded"
 
@@ -312,7 +312,7 @@ def finished(command_id: str) -> CommandFinished:
         exit_code=0,
         stdout_bytes=0,
         stderr_bytes=0,
-        started_at=1.0,
+        seconds_ago=0.0,
         duration_seconds=0.1,
     )
 

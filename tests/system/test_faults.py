@@ -1,10 +1,14 @@
 """Server, agent and link fail while commands run: what the API then tells is true, and all goes on by itself."""
 
 import asyncio
+import os
+import signal
 import time
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import ClientError
@@ -14,6 +18,8 @@ from tests.support.commands import fetch_output, living_pids, until_alive, until
 from tests.support.eventually import eventually
 from tests.support.link import CuttableLink
 from tests.support.processes import ADMIN_PASSWORD, AgentProcess, ServerProcess
+
+from fleetwire_server.storage.backup import write_backup
 
 
 def gated(directory: Path, name: str = "command") -> str:
@@ -105,25 +111,39 @@ async def test_a_command_never_waits_for_an_absent_server_and_what_was_dropped_i
     server = start_server()
     api = await open_api(server)
     agent = await start_agent(api)
-    done = tmp_path / "done"
-    command = f"{gated(tmp_path)}; seq 10000001 11000000; touch {done}"
-    command_id = await api.submit(agent.agent_id, command)
-    await until_running(tmp_path)
-    await api.wait_for_command(agent.agent_id, command_id, "running")
+    gates = [tmp_path / name for name in ("small", "large")]
+    for gate in gates:
+        gate.mkdir()
+    printing = ("seq 10000001 11000000", "seq 100000001 110000000")  # 9 MB and 100 MB
+    commands = [
+        await api.submit(agent.agent_id, f"{gated(gate)}; {text}; touch {gate}/done")
+        for gate, text in zip(gates, printing, strict=True)
+    ]
+    for gate, command_id in zip(gates, commands, strict=True):
+        await until_running(gate)
+        await api.wait_for_command(agent.agent_id, command_id, "running")
     server.kill()
-    open_gate(tmp_path)
-    await until_written(done)  # 9 MB were printed to nobody
+    for gate in gates:
+        open_gate(gate)
+        await until_written(gate / "done")  # all of it was printed to nobody
     server.start()
-    ended = await api.wait_for_command(agent.agent_id, command_id)
-    assert (ended["status"], ended["truncated"]) == ("succeeded", True)
-    assert ended["stdout_bytes"] == 9_000_000 + len("begin\nend\n")
-    assert ended["output"].endswith("10999999\n11000000\n")
-    async with asyncio.timeout(30), api.sse(f"/api/agents/{agent.agent_id}/commands/{command_id}/stream") as stream:
+    small, large = [await api.wait_for_command(agent.agent_id, command_id) for command_id in commands]
+
+    frame = len("begin\nend\n")
+    assert (small["status"], small["stdout_bytes"]) == ("succeeded", 9_000_000 + frame)
+    whole = await fetch_output(api, agent.agent_id, small["command_id"])  # it waited on the host's disk
+    assert whole == b"begin\nend\n" + b"".join(b"%d\n" % number for number in range(10_000_001, 11_000_001))
+
+    assert (large["status"], large["truncated"]) == ("succeeded", True)
+    assert large["stdout_bytes"] == 100_000_000 + frame
+    assert large["output"].endswith("109999999\n110000000\n")
+    path = f"/api/agents/{agent.agent_id}/commands/{large['command_id']}/stream"
+    async with asyncio.timeout(30), api.sse(path) as stream:
         events = [event async for event in stream]
     missing = sum(event.json()["count"] for event in events if event.event == "gap")
     shown = sum(len(event.json()["text"]) for event in events if event.event == "output")
-    assert missing > 7_000_000
-    assert missing + shown == ended["stdout_bytes"]
+    assert missing > 60_000_000
+    assert missing + shown == large["stdout_bytes"]
 
 
 async def test_what_the_server_stored_outlives_its_death(
@@ -200,29 +220,52 @@ async def test_no_command_runs_twice_however_often_the_server_is_killed(
 # ---------------------------------------------------------------- the agent goes away
 
 
-async def test_a_command_of_a_killed_agent_is_lost_and_the_next_one_works(
+@pytest.mark.parametrize("how", ["killed", "stopped"])
+async def test_a_command_outlives_its_agent(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path, how: str
+) -> None:
+    api = await open_api(start_server())
+    agent = await start_agent(api)
+    command_id = await api.submit(agent.agent_id, f"echo $$; {gated(tmp_path)}; echo $$; exit 3")
+    await until_running(tmp_path)
+    await api.wait_for_command(agent.agent_id, command_id, "running")
+    if how == "killed":
+        agent.kill()
+    else:
+        assert agent.stop() == 0
+    await api.wait_for_agent(agent.agent_id, "offline")
+    waiting = await api.submit(agent.agent_id, "echo waited")
+    assert (await api.get(f"/api/agents/{agent.agent_id}/commands/{command_id}"))["status"] == "running"
+    agent.start()
+    assert (await api.wait_for_command(agent.agent_id, waiting))["output"] == "waited\n"
+    assert (await api.get(f"/api/agents/{agent.agent_id}/commands/{command_id}"))["status"] == "running"
+    open_gate(tmp_path)
+    ended = await api.wait_for_command(agent.agent_id, command_id)
+    pid = ended["output"].split("\n")[0]
+    assert (ended["status"], ended["exit_code"]) == ("failed", 3)
+    assert ended["output"] == f"{pid}\nbegin\nend\n{pid}\n"  # one process, and all it said
+    assert not ended["late"]
+    assert runs(tmp_path) == 1
+
+
+async def test_a_command_that_ends_while_its_agent_is_away_is_told_of_afterwards(
     start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path
 ) -> None:
     api = await open_api(start_server())
     agent = await start_agent(api)
-    command_id = await api.submit(agent.agent_id, gated(tmp_path))
+    command_id = await api.submit(agent.agent_id, f"{gated(tmp_path)}; seq 100000; touch {tmp_path}/done")
     await until_running(tmp_path)
-    await api.wait_for_command(agent.agent_id, command_id, "running")
     agent.kill()
-    await api.wait_for_agent(agent.agent_id, "offline")
-    waiting = await api.submit(agent.agent_id, "echo waited")
-    agent.start()
-    lost = await api.wait_for_command(agent.agent_id, command_id)
-    assert (lost["status"], lost["exit_code"], lost["output"]) == ("lost", None, "begin\n")
-    assert lost["stdout_bytes"] == len("begin\n")
-    assert "restarted" in lost["error"]
-    assert (await api.wait_for_command(agent.agent_id, waiting))["output"] == "waited\n"
-    assert (await api.run(agent.agent_id, "echo works"))["output"] == "works\n"
     open_gate(tmp_path)
+    await until_written(tmp_path / "done")
+    agent.start()
+    ended = await api.wait_for_command(agent.agent_id, command_id)
+    assert (ended["status"], ended["stdout_bytes"]) == ("succeeded", len("begin\nend\n") + 588_895)
+    assert not ended["late"]
     assert runs(tmp_path) == 1
 
 
-async def test_an_agent_that_is_stopped_ends_its_commands_and_says_so(
+async def test_a_command_whose_runner_is_killed_is_interrupted_and_leaves_nothing(
     start_server: StartServer, start_agent: StartAgent, open_api: OpenApi
 ) -> None:
     api = await open_api(start_server())
@@ -231,13 +274,12 @@ async def test_an_agent_that_is_stopped_ends_its_commands_and_says_so(
     command_id = await api.submit(agent.agent_id, f"trap '' TERM; echo begun; setsid sleep {marker}; sleep {marker}")
     await until_alive(f"sleep\0{marker}")
     await api.wait_for_command(agent.agent_id, command_id, "running")
-    assert agent.stop() == 0
-    assert living_pids(marker) == []
-    ended = await api.get(f"/api/agents/{agent.agent_id}/commands/{command_id}")
+    (runner,) = living_pids(f"/{command_id}.1")  # its command line names the command's directory
+    os.kill(runner, signal.SIGKILL)
+    ended = await api.wait_for_command(agent.agent_id, command_id)
     assert (ended["status"], ended["exit_code"], ended["output"]) == ("interrupted", None, "begun\n")
-    assert "stopped" in ended["error"]
-    await api.wait_for_agent(agent.agent_id, "offline")
-    agent.start()
+    assert "watched over the command was killed" in ended["error"]
+    assert living_pids(marker) == []
     assert (await api.run(agent.agent_id, "echo works"))["output"] == "works\n"
 
 
@@ -313,6 +355,64 @@ async def test_a_link_that_falls_silent_is_found_and_replaced(
         agent.stop()
 
 
+# ---------------------------------------------------------------- the server is restored from a backup
+
+
+async def test_what_ended_after_the_backup_is_told_as_it_was(
+    start_server: StartServer, start_agent: StartAgent, open_api: OpenApi, tmp_path: Path
+) -> None:
+    server = start_server()
+    api = await open_api(server)
+    agent = await start_agent(api)
+
+    async def submit(name: str, end: str = "", **fields: float) -> str:
+        command = f"echo run >> {tmp_path}/{name}.runs; echo {name}{end}"
+        body = {"type": "shell", "params": {"command": command}, **fields}
+        return str((await api.post(f"/api/agents/{agent.agent_id}/commands", body))["command_id"])
+
+    async def show(command_id: str) -> Any:
+        return await api.get(f"/api/agents/{agent.agent_id}/commands/{command_id}")
+
+    running = await api.submit(agent.agent_id, f"{gated(tmp_path)}; exit 3", timeout=100)
+    await api.wait_for_command(agent.agent_id, running, "running")
+    agent.stop()
+    waiting = await submit("waiting")
+    cancelled = await submit("cancelled")
+    expiring = await submit("expiring", expires_in=20)
+    write_backup(f"sqlite:///{server.data_dir}/fleetwire.db", tmp_path / "copy.db")
+
+    agent.start()
+    open_gate(tmp_path)
+    assert (await api.wait_for_command(agent.agent_id, running))["exit_code"] == 3
+    for command_id in (waiting, cancelled, expiring):
+        assert (await api.wait_for_command(agent.agent_id, command_id))["status"] == "succeeded"
+    agent.stop()
+    server.stop()
+    for suffix in ("", "-wal", "-shm"):
+        (server.data_dir / f"fleetwire.db{suffix}").unlink(missing_ok=True)
+    (tmp_path / "copy.db").rename(server.data_dir / "fleetwire.db")
+    server.start()
+
+    assert (await show(running))["status"] == "running"  # as far as is known without the agent
+    never = await submit("never")
+    for command_id in (cancelled, never):
+        answer = await api.post(f"/api/agents/{agent.agent_id}/commands/{command_id}/cancel", status=200)
+        assert (answer["status"], answer["late"]) == ("cancelled", False)
+    assert (await api.wait_for_command(agent.agent_id, expiring))["status"] == "expired"
+    agent.start()
+    ended = await api.wait_for_command(agent.agent_id, running)
+    assert (ended["status"], ended["exit_code"], ended["late"]) == ("failed", 3, False)
+    assert (ended["stdout_bytes"], ended["truncated"]) == (len("begin\nend\n"), True)
+    assert (await api.wait_for_command(agent.agent_id, waiting))["status"] == "succeeded"
+    for command_id in (cancelled, expiring):
+        late = await eventually(partial(show, command_id), lambda command: bool(command["late"]))
+        assert (late["status"], late["exit_code"], late["error"]) == ("succeeded", 0, None)
+    assert ((await show(never))["status"], (await show(never))["late"]) == ("cancelled", False)
+    assert "was this server restored from a backup?" in server.log_text
+    assert [runs(tmp_path, name) for name in ("command", "waiting", "cancelled", "expiring")] == [1, 1, 1, 1]
+    assert not (tmp_path / "never.runs").exists()
+
+
 # ---------------------------------------------------------------- keys
 
 
@@ -370,13 +470,12 @@ async def test_of_two_agents_with_one_key_the_newer_counts_and_they_do_not_fight
     command_id = await api.submit(first.agent_id, gated(tmp_path))
     await until_running(tmp_path)
     key = first.key_file.read_text().strip()
-    with AgentProcess(tmp_path / "second", server_url=api.url, agent_id=first.agent_id, key=key) as second:
+    with AgentProcess(tmp_path / "second", server_url=api.url, agent_id=first.agent_id, key=key):
         await until_written(first.log, "another agent has connected with the same key")
         assert (await api.wait_for_command(first.agent_id, command_id))["status"] == "lost"
         for number in range(5):
-            assert (await api.run(first.agent_id, f"echo {number} >> {tmp_path}/ran; echo $PPID"))["output"] == (
-                f"{second.pid}\n"
-            )
+            done = await api.run(first.agent_id, f"echo {number} >> {tmp_path}/ran")
+            assert done["status"] == "succeeded"
         assert connections(server, first) == 2
     assert (tmp_path / "ran").read_text().split() == ["0", "1", "2", "3", "4"]
     open_gate(tmp_path)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Final
 
 import fleetwire_agent
-from fleetwire_agent.install.changes import sync_directory
 from fleetwire_agent.install.failures import InstallError
 from fleetwire_agent.install.layout import VERSIONS
 from fleetwire_agent.native import NATIVE_DIRECTORY
+from fleetwire_agent.runner.files import sync_directory
 from fleetwire_agent.version import MANIFEST_NAME, program_root, read_manifest
 
 TEMPORARY_PREFIX: Final = ".unpacking-"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from fleetwire_agent.runner.files import sync_directory
+
 NEW_SUFFIX: Final = ".fleetwire-new"
 OLD_SUFFIX: Final = ".fleetwire-old"
 
@@ -173,22 +175,17 @@ def replace_link(path: Path, target: str) -> None:
     sync_directory(path.parent)
 
 
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def hand_over(directory: Path, uid: int, gid: int) -> None:
-    """Make a user the owner of a directory and all in it. Follows no link."""
-    for name, _, files, descriptor in os.fwalk(directory, follow_symlinks=False):
-        del name
-        os.fchown(descriptor, uid, gid)
-        for file in files:
-            os.chown(file, uid, gid, dir_fd=descriptor, follow_symlinks=False)
+def pass_on(directory: Path, uid: int, gid: int) -> None:
+    """Make another user the owner of a directory of state, and empty it: the one before could have left links there,
+    and a ledger of commands that no server offered."""
+    os.chown(directory, 0, 0, follow_symlinks=False)  # from here on nobody else adds anything
+    directory.chmod(0o700)
+    for path in directory.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    os.chown(directory, uid, gid, follow_symlinks=False)
 
 
 def _make_directory(path: Path, mode: int) -> None:

@@ -11,7 +11,7 @@ from typing import Final, NoReturn
 
 from fleetwire_agent.install.failures import InstallError, InstallInterrupt
 from fleetwire_agent.install.layout import LOCK, UNIT_NAME
-from fleetwire_agent.processes import COMMAND_ID_VARIABLE
+from fleetwire_agent.process_table import COMMAND_ID_VARIABLE
 
 
 def check_place() -> None:

@@ -19,7 +19,7 @@ from typing import Final, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 from fleetwire_agent.config import Profile
-from fleetwire_agent.install.failures import InstallError
+from fleetwire_agent.install.failures import InstallError, Reason
 from fleetwire_agent.install.layout import PROGRAM, SETTINGS_DIRECTORY, STATE
 from fleetwire_agent.install.texts import needs_quoting
 from fleetwire_agent.tls import build_tls_context
@@ -98,8 +98,13 @@ def read_user(name: str) -> pwd.struct_passwd | None:
         return None
 
 
-def run_program(command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
+def run_program(
+    command: Sequence[str], *, seconds: float, if_hung: str = "try again"
+) -> subprocess.CompletedProcess[str]:
     """Run an administrator's program to its end, and return how it ended and what it said, in English.
+
+    Args:
+        if_hung: what to do, or to look at, where it does not end.
 
     Raises:
         InstallError: there is none of that name, or it did not end."""
@@ -118,7 +123,15 @@ def run_program(command: Sequence[str], *, seconds: float) -> subprocess.Complet
             env={"PATH": ADMIN_PATH, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired as err:
-        raise InstallError("failed", f"{' '.join(command)} did not end within {seconds:.0f} seconds") from err
+        problem = f"{' '.join(command)} did not end within {seconds:.0f} seconds"
+        raise InstallError("failed", f"{problem}; {if_hung}") from err
+
+
+def describe_failure(command: Sequence[str], result: subprocess.CompletedProcess[str]) -> InstallError:
+    """Return what a program that failed means to whoever installs."""
+    said = (result.stderr or result.stdout).strip()
+    reason: Reason = "disk_full" if "No space left" in said else "failed"
+    return InstallError(reason, f"{' '.join(command)} failed: {said or f'status {result.returncode}'}")
 
 
 def run_quietly(command: Sequence[str], *, seconds: float = 30.0) -> str:

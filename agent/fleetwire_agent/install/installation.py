@@ -11,7 +11,8 @@ from typing import Any, Final
 
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.bundle import Bundle, is_whole, open_own_bundle, remove_leftovers, unpack
-from fleetwire_agent.install.changes import Changes, hand_over
+from fleetwire_agent.install.changes import Changes, pass_on
+from fleetwire_agent.install.ending import end_agent
 from fleetwire_agent.install.exclusive import check_place, interruptible, not_interruptible, only_one
 from fleetwire_agent.install.failures import InstallError, InstallInterrupt, Reason, describe_os_error
 from fleetwire_agent.install.host import (
@@ -41,7 +42,7 @@ from fleetwire_agent.install.layout import (
 )
 from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Service, make_service
-from fleetwire_agent.install.texts import build_launcher, build_settings, parse_settings
+from fleetwire_agent.install.texts import build_launcher, build_settings, find_state_directory, parse_settings
 from fleetwire_agent.install.users import add_user, is_our_user, remove_user
 from fleetwire_agent.status import KEY_NOT_ACCEPTED, KEY_REVOKED, STATUS_NAME, Status, is_alive, read_status
 from fleetwire_shared.limits import AGENT_KEY_PATTERN
@@ -216,8 +217,9 @@ def _change(plan: Plan, changes: Changes, report: Report) -> Status | None:
         if is_changed or is_unpacked or not service.is_active():
             changes.plan("start the agent")
         return None
-    if is_changed or is_unpacked or not was_active:
-        changes.do("start the agent", lambda: _start_anew(service), service.stop)
+    if is_changed or is_unpacked or not service.is_active():
+        state = find_state_directory(plan.settings)
+        changes.do("start the agent", lambda: _start_anew(service, state), service.stop)
         say("start", "the agent runs")
     if not options.is_waiting:
         return None
@@ -270,26 +272,27 @@ def _settle_user(plan: Plan, changes: Changes) -> bool:
     if plan.profile == "manage":
         if is_our_user():
             changes.after_all(remove_user)
-            _hand_state_over(changes, 0, 0)
+        _pass_state_on(plan, changes, 0, 0)
         return False
     if user is None:
         changes.do(f"make the system user {USER}", add_user, remove_user)
         user = read_user(USER)
     if user is not None:
-        _hand_state_over(changes, user.pw_uid, user.pw_gid)
+        _pass_state_on(plan, changes, user.pw_uid, user.pw_gid)
     return True
 
 
-def _hand_state_over(changes: Changes, uid: int, gid: int) -> None:
-    if not STATE.exists():
+def _pass_state_on(plan: Plan, changes: Changes, uid: int, gid: int) -> None:
+    """Let another user have the state. Nothing of the agent runs meanwhile: root would write where that user may."""
+    if not STATE.exists() or STATE.stat().st_uid == uid:
         return
     before = STATE.stat()
-    if before.st_uid != uid:
-        changes.do(
-            f"hand {STATE} to user {uid}",
-            lambda: hand_over(STATE, uid, gid),
-            lambda: hand_over(STATE, before.st_uid, before.st_gid),
-        )
+    changes.do("end the agent's commands and stop it", lambda: end_agent(plan.service, STATE))
+    changes.do(
+        f"empty {STATE} and pass it on to user {uid}",
+        lambda: pass_on(STATE, uid, gid),
+        lambda: pass_on(STATE, before.st_uid, before.st_gid),
+    )
 
 
 def _write_launcher(plan: Plan, changes: Changes) -> bool:
@@ -327,7 +330,7 @@ def wait_until_connected(plan: Plan, report: Report, *, seconds: float) -> Statu
         InstallError: it is not in time, or cannot be; with the agent's own reason."""
     deadline = time.monotonic() + seconds
     next_death_at = 0.0
-    state = _state_directory(plan)
+    state = find_state_directory(plan.settings)
     while True:
         status = read_status(state)
         if status is not None and status.version == plan.bundle.version and is_alive(status):
@@ -357,13 +360,9 @@ def _describe_timeout(state: Path, status: Status | None, seconds: float) -> Ins
     return InstallError(reason, f"the agent did not connect to the server within {seconds:.0f} seconds: {why}")
 
 
-def _state_directory(plan: Plan) -> Path:
-    return Path(str(parse_settings(plan.settings).get("state_dir", STATE)))
-
-
-def _start_anew(service: Service) -> None:
+def _start_anew(service: Service, state: Path) -> None:
     service.stop()
-    (STATE / STATUS_NAME).unlink(missing_ok=True)  # what it says next is of the agent that is started now
+    (state / STATUS_NAME).unlink(missing_ok=True)  # what it says next is of the agent that is started now
     service.start()
 
 
@@ -404,7 +403,7 @@ def _undo(plan: Plan, changes: Changes, err: BaseException) -> InstallError:
 def _describe_return(plan: Plan) -> str:
     deadline = time.monotonic() + RETURN_SECONDS
     while time.monotonic() < deadline:
-        status = read_status(_state_directory(plan))
+        status = read_status(find_state_directory(plan.settings))
         is_back = status is not None and status.version == plan.version_before and is_alive(status)
         if status is not None and is_back and status.state == "connected":
             return f": version {plan.version_before} is connected again"

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from fleetwire_agent.config import Profile
 from fleetwire_agent.install.changes import Changes
 from fleetwire_agent.install.failures import InstallError
-from fleetwire_agent.install.host import Init, has_group, run_program, run_quietly
+from fleetwire_agent.install.host import Init, describe_failure, has_group, run_program, run_quietly
 from fleetwire_agent.install.layout import (
     CREDENTIALS,
     CURRENT,
@@ -30,6 +30,7 @@ from fleetwire_agent.install.layout import (
     is_ours,
 )
 from fleetwire_agent.install.texts import build_init_script, build_unit
+from fleetwire_agent.runners import END_COMMANDS
 
 _CALL_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 20.0
@@ -56,6 +57,9 @@ class Service(Protocol):
 
     def stop(self) -> None:
         """Return when it is stopped; one that does not run is no failure."""
+
+    def end_commands(self) -> None:
+        """Have the agent end its commands and run on, to tell of them. Returns at once."""
 
     def reload(self) -> None:
         """Have the service manager read the files again, after they were restored."""
@@ -87,8 +91,7 @@ def call(*command: str, may_fail: bool = False) -> None:
     """Run a program of the service manager. Raises InstallError with what it said."""
     result = run_program(command, seconds=_CALL_SECONDS)
     if result.returncode and not may_fail:
-        said = (result.stderr or result.stdout).strip()
-        raise InstallError("failed", f"{' '.join(command)} failed: {said or f'status {result.returncode}'}")
+        raise describe_failure(command, result)
 
 
 def condense(lines: Sequence[str]) -> str:
@@ -149,6 +152,10 @@ class Systemd:
     def stop(self) -> None:
         call("systemctl", "stop", UNIT_NAME, may_fail=True)
 
+    def end_commands(self) -> None:
+        # Not --kill-whom, which systemd knows since 252 only.
+        call("systemctl", "kill", "--kill-who=main", f"--signal={END_COMMANDS.name}", UNIT_NAME, may_fail=True)
+
     def reload(self) -> None:
         call("systemctl", "daemon-reload")
 
@@ -206,6 +213,13 @@ class _Supervised:
                 return file.read(65536).decode(errors="replace").splitlines()
         except OSError:
             return []
+
+    def end_commands(self) -> None:
+        """The supervisor passes the signal on."""
+        pid = read_supervisor()
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, END_COMMANDS)
 
     def _is_supervised(self) -> bool:
         return read_supervisor() is not None

@@ -14,11 +14,12 @@ from types import FrameType
 from typing import IO, Final
 
 from fleetwire_agent.config import Profile
-from fleetwire_agent.install.changes import hand_over
+from fleetwire_agent.install.changes import pass_on
 from fleetwire_agent.install.failures import InstallError
 from fleetwire_agent.install.host import ADMIN_PATH, has_group, read_user
 from fleetwire_agent.install.layout import CREDENTIALS, CURRENT, KEY, LOG, PID_FILE, SETTINGS, STATE, USER
 from fleetwire_agent.install.texts import parse_settings
+from fleetwire_agent.runners import END_COMMANDS
 
 RESTART_SECONDS: Final = 2.0
 STOP_SECONDS: Final = 10.0
@@ -27,7 +28,7 @@ MAX_LOG_BYTES: Final = 1024 * 1024
 
 _PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
 _PR_SET_NO_NEW_PRIVS: Final = 38
-_PASSED_ON: Final = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PASSED_ON: Final = (signal.SIGHUP, END_COMMANDS, signal.SIGUSR2)
 
 
 def supervise(*, is_detached: bool) -> None:
@@ -179,7 +180,8 @@ def _start_agent() -> subprocess.Popen[bytes]:
         user, group = entry.pw_uid, entry.pw_gid
         groups = ["systemd-journal"] if has_group("systemd-journal") else []
         environment |= _hand_credentials(user, group)
-        hand_over(STATE, user, group)
+        if STATE.stat().st_uid != user:
+            pass_on(STATE, user, group)
     return subprocess.Popen(  # noqa: S603 - our own program
         [sys.executable, "-I", str(CURRENT), "run"],
         stdin=subprocess.DEVNULL,

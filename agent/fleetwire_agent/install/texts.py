@@ -30,7 +30,7 @@ StateDirectoryMode=0700
 WorkingDirectory=/
 Restart=always
 RestartSec=2
-# The agent kills what its commands started, and reports it, within two seconds; what is left then is killed.
+# Commands have units of their own, and run on while the agent is stopped, restarted or replaced.
 KillMode=mixed
 TimeoutStopSec=10
 # A command that eats the memory is no reason to stop the others.
@@ -42,8 +42,8 @@ WantedBy=multi-user.target
 """
 
 _MANAGE = """\
-# Profile manage: commands and files as root, so no sandbox. Commands run in this unit.
-TasksMax=16384
+# Profile manage: commands and files as root, so no sandbox. Commands run in units of their own.
+TasksMax=4096
 """
 
 _MONITOR = """\
@@ -154,6 +154,11 @@ def parse_settings(text: str) -> Mapping[str, Any]:
         return tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
         raise InstallError("failed", f"{SETTINGS} is not TOML ({err}); correct it or remove it") from err
+
+
+def find_state_directory(settings: str) -> Path:
+    """Return where an agent with these settings keeps its state: a person may have said. Raises InstallError."""
+    return Path(str(parse_settings(settings).get("state_dir", STATE)))
 
 
 def _assigned_name(line: str) -> str | None:

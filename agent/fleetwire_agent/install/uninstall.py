@@ -6,7 +6,8 @@ import threading
 from pathlib import Path
 
 from fleetwire_agent.config import Profile
-from fleetwire_agent.install.changes import hand_over
+from fleetwire_agent.install.changes import pass_on
+from fleetwire_agent.install.ending import end_agent
 from fleetwire_agent.install.exclusive import check_place, only_one
 from fleetwire_agent.install.failures import InstallError, describe_os_error
 from fleetwire_agent.install.host import check_root, find_init
@@ -26,6 +27,7 @@ from fleetwire_agent.install.layout import (
 )
 from fleetwire_agent.install.report import Outcome, Report, Result
 from fleetwire_agent.install.services import Plain, Service, make_service, read_supervisor
+from fleetwire_agent.install.texts import find_state_directory
 from fleetwire_agent.install.users import is_our_user, remove_user
 from fleetwire_agent.version import program_root
 from fleetwire_shared.errors import ConflictError, UnavailableError
@@ -52,26 +54,37 @@ def run_uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outc
 def _uninstall(report: Report, *, is_purging: bool, is_dry_run: bool) -> Outcome:
     service = make_service(find_init())
     paths = list_installed(is_purging=is_purging)
+    state = _find_state()
     if not paths and not is_our_user():
         kept = [str(path) for path in _KEPT if path.exists()]
         rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
         return _outcome("nothing", f"No Fleetwire agent is installed here{rest}")
     if is_dry_run:
-        report.step("plan", "would stop the agent")
+        report.step("plan", "would end the agent's commands and stop it")
         for path in paths:
             report.step("plan", f"would remove {path}")
         if is_our_user():
             report.step("plan", "would remove the user fleetwire-agent")
         return _outcome("dry_run", "Nothing was changed.")
-    if is_ours(UNIT) or is_ours(INIT_SCRIPT) or isinstance(service, Plain):
-        service.stop()
+    has_service = is_ours(UNIT) or is_ours(INIT_SCRIPT) or isinstance(service, Plain)
+    said = end_agent(service if has_service else None, state)
+    if has_service:
         report.step("stop", "the agent is stopped")
+    if said:
+        report.step("stop", said)
     removed = remove_all(service, is_purging=is_purging, is_leaving=False)
     for name in removed:
         report.step("remove", name)
-    kept = [str(path) for path in _KEPT if path.exists()]
+    kept = [str(path) for path in dict.fromkeys((*_KEPT, state)) if path.exists()]
     rest = f"; {', '.join(kept)} are kept, --purge removes them" if kept else ""
     return _outcome("uninstalled", f"The Fleetwire agent is removed{rest}")
+
+
+def _find_state() -> Path:
+    try:
+        return find_state_directory(SETTINGS.read_text(encoding="utf-8"))
+    except (OSError, ValueError, InstallError):  # it is removed all the same
+        return STATE
 
 
 def _outcome(result: Result, detail: str) -> Outcome:
@@ -112,8 +125,8 @@ def remove_all(service: Service, *, is_purging: bool, is_leaving: bool) -> list[
             removed.append(str(path))
     _remove_leftovers(is_purging=is_purging)
     if is_our_user():
-        if STATE.exists():
-            hand_over(STATE, 0, 0)
+        if STATE.exists() and STATE.stat().st_uid != 0:
+            pass_on(STATE, 0, 0)
         remove_user()
         removed.append("user fleetwire-agent")
     if problems:
@@ -156,8 +169,7 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     Raises:
         ConflictError: this agent cannot remove itself; the message says why.
         UnavailableError: something could not be removed."""
-    if not _has_begun.is_set():
-        check_removable(profile)
+    check_may_remove(profile)
     service = make_service(find_init())
     try:
         with only_one():
@@ -170,6 +182,12 @@ def remove_running_agent(*, profile: Profile, purge: bool) -> tuple[str, ...]:
     except OSError as err:
         problem = describe_os_error(err).message
         raise UnavailableError(f"the agent could not be removed from its host: {problem}") from err
+
+
+def check_may_remove(profile: Profile) -> None:
+    """Raises ConflictError: the agent that calls this cannot remove itself. One that has begun to may go on."""
+    if not _has_begun.is_set():
+        check_removable(profile)
 
 
 def check_removable(profile: Profile) -> None:

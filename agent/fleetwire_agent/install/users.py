@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from fleetwire_agent.install.failures import InstallError, Reason
-from fleetwire_agent.install.host import find_program, has_group, read_user, run_program
+from fleetwire_agent.install.failures import InstallError
+from fleetwire_agent.install.host import describe_failure, find_program, has_group, read_user, run_program
 from fleetwire_agent.install.layout import USER, USER_COMMENT
 
 _USER_SECONDS: Final = 60.0
@@ -42,9 +42,7 @@ def remove_user() -> None:
         _run(["groupdel", USER] if find_program("groupdel") else ["delgroup", USER])
 
 
-def _run(command: Sequence[str]) -> None:
-    result = run_program(command, seconds=_USER_SECONDS)
+def _run(command: Sequence[str], *, seconds: float = _USER_SECONDS) -> None:
+    result = run_program(command, seconds=seconds, if_hung="is the user database locked?")
     if result.returncode:
-        said = (result.stderr or result.stdout).strip()
-        reason: Reason = "disk_full" if "No space left" in said else "failed"
-        raise InstallError(reason, f"{' '.join(command[:1])} failed: {said or f'status {result.returncode}'}")
+        raise describe_failure(command, result)

@@ -1,6 +1,7 @@
 """The HTTP API over http.client: blocking and small, so that it costs little beside what is measured."""
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException, HTTPResponse
@@ -91,13 +92,42 @@ class Client:
         with self.open("POST", f"{agent_path}/files", headers=headers, body=body()) as response:
             return int(json.loads(response.read())["bytes"])
 
+    def submit(self, agent_path: str, command: str, timeout: int = 30) -> str:
+        """Return the id of a new command."""
+        body = {"type": "shell", "params": {"command": command, "timeout": timeout}}
+        return str(self.call("POST", f"{agent_path}/commands", body)["command_id"])
+
     def run(self, agent_path: str, command: str, timeout: int = 30) -> str:
         """Submit a command, and read its event stream to the end; return the status it ended with."""
-        body = {"type": "shell", "params": {"command": command, "timeout": timeout}}
-        command_id = self.call("POST", f"{agent_path}/commands", body)["command_id"]
-        with self.open("GET", f"{agent_path}/commands/{command_id}/stream") as response:
+        return self._follow(f"{agent_path}/commands/{self.submit(agent_path, command, timeout)}")
+
+    def cancel(self, agent_path: str, command_id: str) -> str:
+        """Cancel a command; return the status it ended with."""
+        path = f"{agent_path}/commands/{command_id}"
+        self.call("POST", f"{path}/cancel")
+        return self._follow(path)
+
+    def _follow(self, command_path: str) -> str:
+        with self.open("GET", f"{command_path}/stream") as response:
             last = _read_until(response, lambda tail: b"\nevent: end\ndata: " in tail and tail.endswith(b"\n\n"))
         return str(json.loads(last.rpartition(b"data: ")[2])["reason"])
+
+    @contextmanager
+    def watching_ends(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that returns once so many commands of the fleet have succeeded since here."""
+        with self.open("GET", "/api/events") as response:
+
+            def wait(wanted: int) -> None:
+                ended, rest, last_at = 0, b"", time.monotonic()
+                while ended < wanted:
+                    piece = response.read1(PIECE_BYTES)  # a comment every 15 s, if nothing else
+                    if not piece or time.monotonic() > last_at + STALL_SECONDS:
+                        raise CallError(f"{ended} of {wanted} commands have succeeded, and then no other did")
+                    *lines, rest = (rest + piece).split(b"\n")
+                    if count := sum(b'"status":"succeeded"' in line for line in lines):
+                        ended, last_at = ended + count, time.monotonic()
+
+            yield wait
 
     def count_lines(self, agent_path: str, path: Path, after: str, wanted: int) -> int:
         """Follow a log file from the line after that cursor on; return once `wanted` lines came."""

@@ -45,8 +45,15 @@ class Part:
         return Memory(sizes["Rss"], sizes["Private_Clean"] + sizes["Private_Dirty"])
 
     def cpu_seconds(self) -> float:
+        return self._cpu_seconds(11)
+
+    def children_cpu_seconds(self) -> float:
+        """Return what the children cost that have ended, with theirs."""
+        return self._cpu_seconds(13)
+
+    def _cpu_seconds(self, first: int) -> float:
         fields = self._read("stat").rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        return (int(fields[first]) + int(fields[first + 1])) / os.sysconf("SC_CLK_TCK")
 
     @contextmanager
     def watching_peak(self) -> Iterator[Callable[[], int]]:

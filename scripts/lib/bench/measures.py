@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from scripts.lib.bench.fleet import BenchError, Fleet, Part
 
 MIB = 1024 * 1024
 LINE_BYTES = 110  # with its newline: a usual line of an access log
+SENDERS = 8  # of many commands: as `xargs -P 8 curl` sends them
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,16 +30,29 @@ class Sizes:
     settle_seconds: float
     idle_seconds: float
     echoes: int
+    commands: int
     file_bytes: int
     log_lines: int
     output_bytes: int
 
 
 FULL = Sizes(
-    settle_seconds=10, idle_seconds=30, echoes=200, file_bytes=1024 * MIB, log_lines=200_000, output_bytes=100_000_000
+    settle_seconds=10,
+    idle_seconds=30,
+    echoes=200,
+    commands=1000,
+    file_bytes=1024 * MIB,
+    log_lines=200_000,
+    output_bytes=100_000_000,
 )
 QUICK = Sizes(
-    settle_seconds=2, idle_seconds=5, echoes=20, file_bytes=64 * MIB, log_lines=20_000, output_bytes=10_000_000
+    settle_seconds=2,
+    idle_seconds=5,
+    echoes=20,
+    commands=100,
+    file_bytes=64 * MIB,
+    log_lines=20_000,
+    output_bytes=10_000_000,
 )
 
 
@@ -75,6 +90,42 @@ def measure_echo(fleet: Fleet, sizes: Sizes) -> list[Row]:
     cuts = statistics.quantiles(seconds, n=100, method="inclusive")
     how = f"POST of `echo` to `end` on its stream, {sizes.echoes} in a row"
     return [Row("command: p50", cuts[49] * 1000, "ms", how), Row("command: p95", cuts[94] * 1000, "ms", how)]
+
+
+def measure_many_commands(fleet: Fleet, sizes: Sizes) -> list[Row]:
+    count = sizes.commands
+    cpu_before = _read_cpu(fleet)
+    alone_seconds = _timed(lambda: _run_many(fleet, count))
+    cpu = [after - before for after, before in zip(_read_cpu(fleet), cpu_before, strict=True)]
+    stuck = fleet.client.submit(fleet.agent_path, "sleep 3600", timeout=3600)
+    try:
+        beside_seconds = _timed(lambda: _run_many(fleet, count))
+    finally:  # it would outlive its agent
+        _expect(fleet.client.cancel(fleet.agent_path, stuck), "cancelled", "was the end of what hung")
+    how = f"{count:,} of `echo` from {SENDERS} senders, first POST to last result stored"
+    children = "its shell and runner; where systemd runs, of the runner only its launch"
+    return [
+        Row(f"{count:,} commands", alone_seconds, "s", how),
+        Row(f"{count:,} commands", count / alone_seconds, "commands/s", how),
+        Row(f"{count:,} commands beside one that hangs", beside_seconds, "s", how),
+        Row(
+            "command of many: server's CPU", 1000 * cpu[0] / count, "ms", "with the POST, and one viewer of all events"
+        ),
+        Row("command of many: agent's CPU", 1000 * cpu[1] / count, "ms", "without what it started"),
+        Row("command of many: its own CPU", 1000 * cpu[2] / count, "ms", children),
+    ]
+
+
+def _run_many(fleet: Fleet, count: int) -> None:
+    with fleet.client.watching_ends() as wait, ThreadPoolExecutor(SENDERS) as senders:
+        sent = [senders.submit(fleet.client.submit, fleet.agent_path, f"echo {number}") for number in range(count)]
+        wait(count)
+        for each in sent:
+            each.result()
+
+
+def _read_cpu(fleet: Fleet) -> tuple[float, float, float]:
+    return fleet.server.cpu_seconds(), fleet.agent.cpu_seconds(), fleet.agent.children_cpu_seconds()
 
 
 def measure_files(fleet: Fleet, sizes: Sizes) -> list[Row]:
@@ -131,6 +182,7 @@ MEASURES: tuple[Callable[[Fleet, Sizes], list[Row]], ...] = (
     measure_start,
     measure_idle,
     measure_echo,
+    measure_many_commands,
     measure_files,
     measure_log,
     measure_output,

@@ -71,7 +71,10 @@ def remove_group(group: Path) -> None:
                 return False  # the last process is no longer listed, and the kernel not yet done with it
         return True
 
-    wait_until(is_removed, f"the end of {group}, which holds {list_processes(group)}", _KILL_SECONDS)
+    try:
+        wait_until(is_removed, f"the end of {group}", _KILL_SECONDS)
+    except HostError as err:
+        raise HostError(f"{err}; it holds the processes {list_processes(group)}") from err
 
 
 def remove_parent() -> None:

@@ -38,7 +38,9 @@ class AgentSession:
     ip: str
     connected_at: float
     command_ids: set[str] = field(default_factory=set)  # commands this agent may report on in this session
+    asked_ids: set[str] = field(default_factory=set)  # of these: it was asked what it remembers, and has not answered
     has_queued: bool = False  # some of its commands wait here, as it holds as many as it may
+    offering: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while they are offered
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from functools import partial
 from aiohttp import WSMsgType, web
 
 from fleetwire_server.core.sessions import AgentSession
+from fleetwire_server.http.outbox import Outbox
 from fleetwire_server.http.requests import AGENT, CLIENT_ADDRESS
 from fleetwire_server.keys import CHANNELS, DISPATCH, INGEST, NOW, REQUESTS, SESSIONS, STORE
 from fleetwire_server.storage import agents
@@ -28,7 +29,6 @@ from fleetwire_shared.messages import (
     AgentMessage,
     ChannelRefused,
     CommandAccepted,
-    CommandCancel,
     CommandFinished,
     CommandOutput,
     CommandRejected,
@@ -81,7 +81,7 @@ class AgentConnection:
         self._agent_id = request[AGENT].agent_id
         self._key_hash = request[AGENT].key_hash
         self._ip = request[CLIENT_ADDRESS]
-        self._outgoing: asyncio.Queue[ServerMessage] = asyncio.Queue(MAX_QUEUED_FRAMES)
+        self._outgoing = Outbox(MAX_QUEUED_FRAMES)
         self._incoming: asyncio.Queue[AgentMessage] = asyncio.Queue(MAX_UNPROCESSED_FRAMES)
         self._ending: asyncio.Future[LinkEndedError] = asyncio.get_running_loop().create_future()
 
@@ -89,7 +89,7 @@ class AgentConnection:
 
     def send(self, message: ServerMessage) -> None:
         try:
-            self._outgoing.put_nowait(message)
+            self._outgoing.put(message)
         except asyncio.QueueFull:
             self.close(CLOSE_OVERLOADED, "too many frames wait for the agent")
 
@@ -147,7 +147,8 @@ class AgentConnection:
         )
         await self._app[STORE].write(partial(self._record_arrival, session))
         settled = await self._app[DISPATCH].settle(self._agent_id, hello)
-        session.command_ids.update(answer.command_id for answer in settled.answers if answer.action == "keep")
+        session.command_ids.update(settled.reportable_ids)
+        session.asked_ids.update(settled.asked_ids)
         self.send(
             Welcome(
                 protocol=protocol,
@@ -158,11 +159,13 @@ class AgentConnection:
                 heartbeat_seconds=HEARTBEAT_SECONDS,
                 silence_seconds=SILENCE_SECONDS,
                 metrics_seconds=METRICS_SECONDS,
-                ledger=settled.answers,
+                ledger=tuple(settled.answers),
             )
         )
-        for command_id in settled.to_cancel:
-            self.send(CommandCancel(command_id=command_id))
+        for cancel in settled.cancels:
+            self.send(cancel)
+        for question in settled.questions:
+            self.send(question)
         return session
 
     async def _enter(self, session: AgentSession) -> None:
@@ -172,9 +175,15 @@ class AgentConnection:
             replaced.link.close(CLOSE_REPLACED, "the agent connected again")
             # Its channels go the way of the link that failed: one that was cut off would stay silent for ever.
             await self._app[CHANNELS].close_agent(self._agent_id)
+        # A key that was revoked while its agent was being let in: whoever revoked it found no session to close.
+        by_key = partial(agents.get_agent_by_key, key_hash=self._key_hash, now=self._app[NOW]())
+        if await self._app[STORE].read(by_key) is None:
+            self.close(CLOSE_KEY_REVOKED, "the agent's key was revoked")
+            return
         logger.info("agent %s connected from %s, version %s", self._agent_id, self._ip, session.agent_version)
         self._app[INGEST].announce_agent(self._agent_id, "online")
         await self._app[DISPATCH].offer_waiting(session)
+        await self._app[DISPATCH].ask_about_ended(session)
 
     def _record_arrival(self, session: AgentSession, connection: Connection) -> None:
         agents.retire_other_keys(connection, self._agent_id, self._key_hash)
@@ -280,7 +289,7 @@ class AgentConnection:
         while True:
             try:
                 async with asyncio.timeout(HEARTBEAT_SECONDS):
-                    message = await self._outgoing.get()
+                    message = await self._outgoing.take()
             except TimeoutError:
                 message = Heartbeat()
             try:

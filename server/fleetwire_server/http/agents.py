@@ -132,7 +132,9 @@ async def delete_agent(request: web.Request) -> web.Response:
 
 
 async def remove_agent(app: web.Application, agent_id: str, entry: AuditEntry) -> bool:
-    """Remove an agent, record that, and end all that is open of it; return whether it was there."""
+    """Remove an agent, record that, and end all that is open of it; return whether it was there.
+
+    Its key is void and its socket closed at once; its history, which may be large, goes a part at a time."""
 
     def remove(connection: Connection) -> bool:
         was_there = agents.delete_agent(connection, agent_id)
@@ -140,13 +142,16 @@ async def remove_agent(app: web.Application, agent_id: str, entry: AuditEntry) -
             add_entry(connection, entry)
         return was_there
 
-    if not await app[STORE].write(remove):
-        return False
+    await app[STORE].write(partial(agents.revoke_keys, agent_id=agent_id))
     session = app[SESSIONS].forget(agent_id)
     if session is not None:
         session.link.close(CLOSE_KEY_REVOKED, "the agent was deleted")
     app[STREAMS].end_agent(agent_id, "the agent was deleted")
     await app[CHANNELS].close_agent(agent_id)
+    while await app[STORE].write(partial(commands.delete_output_of_agent, agent_id=agent_id)):
+        continue
+    if not await app[STORE].write(remove):
+        return False
     app[METRICS].forget(agent_id)
     app[INGEST].announce_agent(agent_id, "deleted")
     return True
@@ -196,8 +201,8 @@ async def receive_report(request: web.Request) -> web.Response:
             uptime_s=body.uptime_s,
         ),
     )
-    pending = await store.read(partial(commands.list_open, agent_id=agent_id))
-    return answer(ReportAnswer(status="ok", pending_commands=len(pending)))
+    pending = await store.read(partial(commands.count_open, agent_id=agent_id))
+    return answer(ReportAnswer(status="ok", pending_commands=pending))
 
 
 def _agent_answer(request: web.Request, agent: Agent) -> AgentAnswer:

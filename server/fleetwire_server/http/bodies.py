@@ -27,6 +27,7 @@ HOST = rf"^[A-Za-z0-9._:%-]+{END}"
 SSH_USER = rf"^[A-Za-z0-9._@\\][A-Za-z0-9._@\\$-]*{END}"
 BOOT = rf"^(0|-[1-9][0-9]{{0,5}}|[0-9a-f]{{32}}){END}"
 UNIT_TYPE = rf"^[a-z]+{END}"
+VISIBLE = rf"^[\x21-\x7e]+{END}"
 
 PATTERN_WORDS = {
     TEXT: "without control characters",
@@ -36,6 +37,7 @@ PATTERN_WORDS = {
     HOST: "that is the name or the address of a host",
     SSH_USER: "that is the name of a user on the host",
     BOOT: "that is 0 for the last boot, -1 for the one before it and so on, or the 32 hexadecimal digits of a boot id",
+    VISIBLE: "of visible ASCII characters",
     UNIT_TYPE: "that is a type of systemd's units, such as service",
 }
 """What each pattern asks for, in words for people."""
@@ -360,9 +362,32 @@ class CommandRequest(Struct, kw_only=True):
     ] = "wait"
 
 
+class CommandHeaders(Struct, kw_only=True, rename={"key": "Idempotency-Key"}):
+    key: (
+        Annotated[
+            str,
+            Meta(
+                min_length=1,
+                max_length=255,
+                pattern=VISIBLE,
+                description="For 24 hours the same key and body are the same command; with another body, 422.",
+            ),
+        ]
+        | None
+    ) = None
+
+
 class CommandQueued(Struct, kw_only=True):
     command_id: str
     status: str
+
+
+class KilledAnswer(Struct, kw_only=True):
+    """A process that was ended with the command."""
+
+    pid: int
+    command: Annotated[str, Meta(description="Its command line, cut.")]
+    signal: Annotated[str, Meta(description="`KILL`: it lived on through `TERM`.")]
 
 
 class CommandAnswer(Struct, kw_only=True):
@@ -376,13 +401,17 @@ class CommandAnswer(Struct, kw_only=True):
     stdout_bytes: Annotated[int, Meta(description="Bytes the command wrote, kept or not.")]
     stderr_bytes: int
     truncated: Annotated[bool, Meta(description="`output` is not all that the command wrote.")]
-    late: Annotated[bool, Meta(description="The result came after the command was taken for lost.")]
+    late: Annotated[bool, Meta(description="What the agent said later has refined an end that was not proved.")]
     created_at: float
+    accepted_at: Annotated[float, Meta(description="When the agent was first known to hold it.")] | None
     started_at: float | None
     finished_at: float | None
     expires_at: float
     cancel_requested_at: float | None
     created_by: str
+    orphan: Annotated[bool, Meta(description="An agent held it, and this server did not know it.")]
+    killed: Annotated[list[KilledAnswer], Meta(description="The first of what a stop ended.")]
+    killed_count: Annotated[int, Meta(description="How many processes a stop ended.")]
     error: str | None
 
 

@@ -1,21 +1,21 @@
 """Commands of one agent: send, list, follow, fetch the output of, cancel."""
 
-import asyncio
+import hashlib
+import json
 from collections.abc import Sequence
 from functools import partial
 
 from aiohttp import web
 
-from fleetwire_server.core.command_states import TERMINAL
 from fleetwire_server.core.events import frame_json
 from fleetwire_server.core.fanout import Keep, Subscription, command_topic
 from fleetwire_server.core.tokens import new_command_id
 from fleetwire_server.http.agents import require_agent
-from fleetwire_server.http.bodies import CommandAnswer, CommandQueued, CommandRequest, OutputQuery
-from fleetwire_server.http.requests import USER, answer, parse_query, read_json
+from fleetwire_server.http.bodies import CommandAnswer, CommandHeaders, CommandQueued, CommandRequest, KilledAnswer
+from fleetwire_server.http.requests import USER, answer, parse_headers, read_json
 from fleetwire_server.http.sse import EventStream, serve_events
-from fleetwire_server.keys import DISPATCH, FANOUT, NOW, SESSIONS, STORE
-from fleetwire_server.model import Command, CommandStatus, OutputPiece
+from fleetwire_server.keys import DISPATCH, FANOUT, NOW, STORE
+from fleetwire_server.model import Command, CommandKey, CommandStatus, OutputPiece
 from fleetwire_server.storage import commands
 from fleetwire_server.storage.store import Connection
 from fleetwire_shared.errors import InvalidError, NotFoundError
@@ -24,20 +24,17 @@ from fleetwire_shared.limits import MAX_COMMAND_BYTES
 PREVIEW_BYTES = 64 * 1024
 READ_BYTES = 256 * 1024
 
-STALL_SECONDS = 60.0
-"""How long a client may take none of the output it asked for."""
-
 
 async def send_command(request: web.Request) -> web.Response:
+    key = parse_headers(request, CommandHeaders).key
     body = await read_json(request, CommandRequest)
     if len(body.params.command.encode()) >= MAX_COMMAND_BYTES:
         raise InvalidError(
             f"params.command: must be shorter than {MAX_COMMAND_BYTES} bytes; upload a script and run that"
         )
     agent = await require_agent(request)
-    if body.on_offline == "fail":
-        request.app[SESSIONS].require(agent.id)
     now = request.app[NOW]()
+    username = request[USER].name
     command = await request.app[DISPATCH].submit(
         Command(
             id=new_command_id(),
@@ -46,11 +43,21 @@ async def send_command(request: web.Request) -> web.Response:
             params={"command": body.params.command, "timeout": body.params.timeout},
             timeout_seconds=body.params.timeout,
             created_at=now,
-            created_by=request[USER].name,
+            created_by=username,
             expires_at=now + body.expires_in,
-        )
+        ),
+        key=CommandKey(agent_id=agent.id, username=username, key=key, body_hash=_body_hash(body), created_at=now)
+        if key is not None
+        else None,
+        is_connected_only=body.on_offline == "fail",
     )
     return answer(CommandQueued(command_id=command.id, status="queued"))
+
+
+def _body_hash(body: CommandRequest) -> str:
+    """Return the same text for all bodies that ask for the same."""
+    asked = (body.type, body.params.command, float(body.params.timeout), body.expires_in, body.on_offline)
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 async def list_commands(request: web.Request) -> web.Response:
@@ -73,37 +80,7 @@ async def show_command(request: web.Request) -> web.Response:
 async def cancel_command(request: web.Request) -> web.Response:
     command = await require_command(request)
     cancelled = await request.app[DISPATCH].cancel(command.agent_id, command.id)
-    return answer(await _with_output(request, cancelled), status=200 if cancelled.status in TERMINAL else 202)
-
-
-async def fetch_output(request: web.Request) -> web.StreamResponse:
-    """The output that is kept, as a file: both streams as they came, or one of them."""
-    query = parse_query(request, OutputQuery)
-    command = await require_command(request)
-    response = web.StreamResponse(
-        headers={
-            "Content-Type": "application/octet-stream",
-            "Content-Disposition": f'attachment; filename="{command.id}-{query.stream or "output"}"',
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-        }
-    )
-    await response.prepare(request)
-    position = 0
-    while pieces := await request.app[STORE].read(
-        partial(
-            commands.list_output,
-            command_id=command.id,
-            from_position=position,
-            limit_bytes=READ_BYTES,
-            stream=query.stream,
-        )
-    ):
-        position = pieces[-1].end
-        async with asyncio.timeout(STALL_SECONDS):
-            await response.write(b"".join(piece.data for piece in pieces))
-    await response.write_eof()
-    return response
+    return answer(await _with_output(request, cancelled), status=200 if cancelled.status.is_end else 202)
 
 
 async def stream_command(request: web.Request) -> web.StreamResponse:
@@ -136,8 +113,10 @@ async def _follow(
             position = pieces[-1].end
             if position < command.output_end:
                 continue
-        if command.status in TERMINAL:
-            await stream.send_frames(frame_json({"reason": command.status}, event="end"))
+        if command.status.is_end:
+            missing = command.stdout_bytes + command.stderr_bytes - position
+            last = [_gap_frame(missing)] if missing > 0 else []
+            await stream.send_frames(b"".join([*last, frame_json({"reason": command.status}, event="end")]))
             return
         await changes.get()
 
@@ -157,15 +136,18 @@ def _output_frames(pieces: Sequence[OutputPiece], position: int) -> list[bytes]:
     frames = []
     for piece in pieces:
         if piece.position > position:
-            missing = {
-                "count": piece.position - position,
-                "reason": "not kept: beyond the quota, or dropped while the server was away",
-            }
-            frames.append(frame_json(missing, event="gap"))
+            frames.append(_gap_frame(piece.position - position))
         document = {"stream": piece.stream, "offset": piece.offset, "text": piece.data.decode("utf-8", "replace")}
         frames.append(frame_json(document, event="output", event_id=str(piece.end)))
         position = piece.end
     return frames
+
+
+def _gap_frame(count: int) -> bytes:
+    reason = (
+        "not kept: beyond the quota, dropped while the server was away, or newer than a backup it was restored from"
+    )
+    return frame_json({"count": count, "reason": reason}, event="gap")
 
 
 def _status_frame(command: Command) -> bytes:
@@ -215,10 +197,14 @@ def command_answer(command: Command, tail: Sequence[OutputPiece]) -> CommandAnsw
         truncated=command.truncated or command.output_end > PREVIEW_BYTES,
         late=command.late,
         created_at=command.created_at,
+        accepted_at=command.accepted_at,
         started_at=command.started_at,
         finished_at=command.finished_at,
         expires_at=command.expires_at,
         cancel_requested_at=command.cancel_requested_at,
         created_by=command.created_by,
+        orphan=command.is_orphan,
+        killed=[KilledAnswer(pid=each.pid, command=each.command, signal=each.signal) for each in command.killed],
+        killed_count=command.killed_count,
         error=command.error,
     )

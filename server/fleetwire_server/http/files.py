@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import re
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,6 +16,7 @@ from aiohttp import BodyPartReader, MultipartReader, web
 from fleetwire_server.core.channels import ChannelSocket, receive_message
 from fleetwire_server.http.agents import require_agent
 from fleetwire_server.http.bodies import FileQuery, UploadAnswer
+from fleetwire_server.http.ranges import parse_range
 from fleetwire_server.http.requests import answer, parse_query, read_header
 from fleetwire_server.keys import CHANNELS, CONFIG, SESSIONS
 from fleetwire_shared.errors import (
@@ -38,8 +38,6 @@ SYNC_SECONDS = 300.0
 
 SPOOL_MEMORY_BYTES = 256 * 1024
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)", re.ASCII)
-
 
 # ---------------------------------------------------------------- download
 
@@ -49,7 +47,7 @@ async def download_file(request: web.Request) -> web.StreamResponse:
     check_path(path, "path")
     agent = await require_agent(request)
     session = request.app[SESSIONS].require(agent.id)
-    offset, length = parse_range(request.headers.get("Range"))
+    offset, length = parse_range(request.headers.get("Range")) or (0, None)
     ask = partial(_read_file, path, offset, length, read_header(request, "If-Range"))
     async with request.app[CHANNELS].open(session, ask) as socket:
         opened = await receive_message(socket, FileOpened, timeout_seconds=STALL_SECONDS)
@@ -67,23 +65,6 @@ async def download_file(request: web.Request) -> web.StreamResponse:
 def _read_file(path: str, offset: int, length: int | None, if_range: str | None, channel_id: str) -> ReadFile:
     etag = if_range.strip('"') if if_range is not None else None
     return ReadFile(channel_id=channel_id, path=path, offset=offset, length=length, if_etag=etag)
-
-
-def parse_range(header: str | None) -> tuple[int, int | None]:
-    """Return offset and length of a Range header; a negative offset counts from the end.
-
-    What is not one range of bytes is ignored, as RFC 9110 wants: then all is sent."""
-    match = _RANGE.fullmatch(header.strip()) if header is not None else None
-    if match is None or max(len(match[1]), len(match[2])) > 18:
-        return 0, None
-    first, last = match[1], match[2]
-    if not first:
-        return (-int(last), None) if last and int(last) else (0, None)
-    if not last:
-        return int(first), None
-    if int(last) < int(first):
-        return 0, None
-    return int(first), int(last) - int(first) + 1
 
 
 def _download_response(path: str, opened: FileOpened) -> web.StreamResponse:

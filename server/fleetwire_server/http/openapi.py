@@ -25,7 +25,9 @@ _STREAM_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"token": []}, {
 def build_document(routes: Iterable[Route]) -> dict[str, Any]:
     """Return the document as JSON-ready dicts."""
     routes = tuple(routes)
-    kinds = [kind for route in routes for kind in (route.query, route.body, route.answer) if kind is not None]
+    kinds = [
+        kind for route in routes for kind in (route.query, route.headers, route.body, route.answer) if kind is not None
+    ]
     schemas, components = msgspec.json.schema_components([Problem, *kinds], ref_template="#/components/schemas/{name}")
     by_kind = {str(kind): schema for kind, schema in zip([Problem, *kinds], schemas, strict=True)}
     paths: dict[str, dict[str, Any]] = {}
@@ -76,10 +78,12 @@ def _parameters(route: Route, components: dict[str, Any]) -> list[dict[str, Any]
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         for name in _PARAMETER.findall(route.path)
     ]
-    if route.query is not None:
-        schema = components[route.query.__name__]
+    for place, kind in (("query", route.query), ("header", route.headers)):
+        if kind is None:
+            continue
+        schema = components[kind.__name__]
         parameters += [
-            {"name": name, "in": "query", "required": name in schema.get("required", ()), "schema": _not_null(field)}
+            {"name": name, "in": place, "required": name in schema.get("required", ()), "schema": _not_null(field)}
             for name, field in schema["properties"].items()
         ]
     return parameters
@@ -108,6 +112,8 @@ def _responses(route: Route, by_kind: dict[str, Any]) -> dict[str, Any]:
     responses = {str(route.status): success, "default": problem}
     if route.handler.__name__ == "cancel_command":
         responses["202"] = success
+    if route.handler.__name__ == "fetch_output":
+        responses["206"] = success
     if route.handler.__name__ == "download_file":
         responses |= {"206": success, "304": {"description": "Not changed since If-None-Match."}}
     return responses

@@ -44,6 +44,21 @@ def parse_query(request: web.Request, kind: type[S]) -> S:
     return check(dict(query), kind, strict=False)
 
 
+def parse_headers(request: web.Request, kind: type[S]) -> S:
+    """Return the headers a `kind` has.
+
+    Raises:
+        InvalidError: one of them is given twice, or not of its type."""
+    given: dict[str, str] = {}
+    for name in kind.__struct_encode_fields__:
+        values = request.headers.getall(name, [])
+        if len(values) > 1:
+            raise InvalidError(f"{name} is given more than once; give it once")
+        if values:
+            given[name] = values[0]
+    return check(given, kind)
+
+
 async def read_json(request: web.Request, kind: type[S], *, default: S | None = None) -> S:
     """Return the body as a `kind`, or `default` when there is one and the body is empty.
 

@@ -40,6 +40,7 @@ class Route:
     policy: Policy
     summary: str
     query: type[msgspec.Struct] | None = None
+    headers: type[msgspec.Struct] | None = None
     body: type[msgspec.Struct] | None = None
     body_media: Media = Media.JSON
     is_body_optional: bool = False

@@ -100,6 +100,11 @@ def record_last_seen(connection: Connection, seen: Mapping[str, float]) -> None:
     )
 
 
+def revoke_keys(connection: Connection, agent_id: str) -> int:
+    """Remove all keys of the agent, so that it is let in no more; return how many."""
+    return connection.execute(delete(AGENT_KEYS).where(AGENT_KEYS.c.agent_id == agent_id)).rowcount
+
+
 def delete_agent(connection: Connection, agent_id: str) -> bool:
     """Remove an agent with its keys, commands, their output and its metrics; return whether it was there."""
     return connection.execute(delete(AGENTS).where(AGENTS.c.id == agent_id)).rowcount > 0
@@ -111,19 +116,6 @@ def get_agent_by_key(connection: Connection, key_hash: str, now: float) -> Agent
         select(AGENTS).join_from(AGENTS, AGENT_KEYS).where(AGENT_KEYS.c.key_hash == key_hash, _is_valid(now))
     ).one_or_none()
     return None if row is None else _agent_from(row)
-
-
-def list_keys(connection: Connection, agent_id: str, now: float) -> list[AgentKey]:
-    """Return the agent's valid keys, oldest first: more than one while a rotation is under way."""
-    rows = connection.execute(
-        select(AGENT_KEYS)
-        .where(AGENT_KEYS.c.agent_id == agent_id, _is_valid(now))
-        .order_by(AGENT_KEYS.c.created_at, AGENT_KEYS.c.key_hash)
-    )
-    return [
-        AgentKey(key_hash=row.key_hash, agent_id=row.agent_id, created_at=row.created_at, expires_at=row.expires_at)
-        for row in rows
-    ]
 
 
 def rotate_key(connection: Connection, key: AgentKey, *, others_expire_at: float) -> None:

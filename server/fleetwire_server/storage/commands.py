@@ -2,19 +2,23 @@
 
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypeAlias, TypedDict, Unpack
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Connection, Row, bindparam, delete, func, insert, select, tuple_, update
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from fleetwire_server.model import Command, CommandStatus, OutputPiece
+from fleetwire_server.model import Command, CommandStatus, KilledProcess, OutputPiece
 from fleetwire_shared.errors import NotFoundError
 
-from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS
+from .tables import AGENTS, COMMAND_OUTPUT, COMMANDS, IS_ENDED_ALONE
 
-OPEN_STATUSES = (CommandStatus.QUEUED, CommandStatus.OFFERED, CommandStatus.ACCEPTED, CommandStatus.RUNNING)
-"""In these a command is not over. `lost` and `interrupted` are ends, though a late truth may refine them."""
+Stream: TypeAlias = Literal["stdout", "stderr"]
+
+PIECES_IN_TRANSACTION = 64
+"""Pieces of output removed at once, 4 MiB: a command may have 512 of them, and what deletes many megabytes in one
+transaction lets all others wait for seconds."""
 
 # Statements of every command's way are built once: building one takes longer than running it.
 _AGENT_EXISTS = select(AGENTS.c.id).where(AGENTS.c.id == bindparam("agent_id"))
@@ -23,11 +27,39 @@ _GET = select(COMMANDS).where(COMMANDS.c.id == bindparam("id"), COMMANDS.c.agent
 _GET_OUTPUT_END = select(
     COMMANDS.c.output_end, COMMANDS.c.truncated, COMMANDS.c.stdout_bytes, COMMANDS.c.stderr_bytes
 ).where(COMMANDS.c.id == bindparam("id"))
+_GET_STREAM_END = (
+    select(COMMAND_OUTPUT.c.offset + func.length(COMMAND_OUTPUT.c.data))
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("id"), COMMAND_OUTPUT.c.stream == bindparam("stream"))
+    .order_by(COMMAND_OUTPUT.c.offset.desc())
+    .limit(1)
+)
 _ADD_OUTPUT = insert(COMMAND_OUTPUT)
+_GET_LAST_PIECE = (
+    select(COMMAND_OUTPUT)
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("id"))
+    .order_by(COMMAND_OUTPUT.c.position.desc())
+    .limit(1)
+)
+_SET_OUTPUT = (
+    update(COMMAND_OUTPUT)
+    .where(COMMAND_OUTPUT.c.command_id == bindparam("of_id"), COMMAND_OUTPUT.c.position == bindparam("at"))
+    .values(data=bindparam("data"))
+)
 _SET_OUTPUT_END = update(COMMANDS).where(COMMANDS.c.id == bindparam("of_id"))
 
-_OPEN = tuple(status.value for status in OPEN_STATUSES)
-_STREAMS: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+_IS_QUEUED = (COMMANDS.c.agent_id == bindparam("agent_id")) & (COMMANDS.c.status == CommandStatus.QUEUED.value)
+_ANY_QUEUED = select(COMMANDS.c.sequence).where(_IS_QUEUED).limit(1)
+_LIST_QUEUED = (
+    select(COMMANDS)
+    # As a sum: SQLite would take the index on (status, expires_at), and read and sort what waits for all agents.
+    .where(_IS_QUEUED, COMMANDS.c.expires_at + 0.0 > bindparam("now"))
+    .order_by(COMMANDS.c.sequence)
+    .limit(bindparam("limit"))
+)
+
+_OPEN = tuple(status.value for status in CommandStatus if not status.is_end)
+_GIVEN = tuple(status for status in _OPEN if status != CommandStatus.QUEUED.value)
+_STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 
 
 class CommandChanges(TypedDict, total=False):
@@ -37,6 +69,7 @@ class CommandChanges(TypedDict, total=False):
     timeout_seconds: float
     expires_at: float
     offered_to: str | None
+    accepted_at: float | None
     started_at: float | None
     finished_at: float | None
     cancel_requested_at: float | None
@@ -45,6 +78,8 @@ class CommandChanges(TypedDict, total=False):
     stderr_bytes: int
     truncated: bool
     late: bool
+    killed: tuple[KilledProcess, ...]
+    killed_count: int
     error: str | None
 
 
@@ -65,6 +100,7 @@ def add_command(connection: Connection, command: Command) -> None:
             "created_by": command.created_by,
             "expires_at": command.expires_at,
             "offered_to": command.offered_to,
+            "accepted_at": command.accepted_at,
             "started_at": command.started_at,
             "finished_at": command.finished_at,
             "cancel_requested_at": command.cancel_requested_at,
@@ -74,6 +110,9 @@ def add_command(connection: Connection, command: Command) -> None:
             "output_end": command.output_end,
             "truncated": command.truncated,
             "late": command.late,
+            "is_orphan": command.is_orphan,
+            "killed": _killed_text(command.killed),
+            "killed_count": command.killed_count,
             "error": command.error,
         },
     )
@@ -85,29 +124,67 @@ def get_command(connection: Connection, agent_id: str, command_id: str) -> Comma
     return None if row is None else _command_from(row)
 
 
+def is_known(connection: Connection, command_id: str) -> bool:
+    """Return whether there is such a command, of whichever agent."""
+    return connection.execute(select(COMMANDS.c.sequence).where(COMMANDS.c.id == command_id)).first() is not None
+
+
 def list_commands(connection: Connection, agent_id: str, limit: int = 100) -> list[Command]:
     """Return the agent's last commands, newest first."""
     newest = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id).order_by(COMMANDS.c.sequence.desc()).limit(limit)
     return [_command_from(row) for row in connection.execute(newest)]
 
 
-def list_open(connection: Connection, agent_id: str) -> list[Command]:
-    """Return the agent's commands that are not over, oldest first."""
-    wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
+def count_open(connection: Connection, agent_id: str) -> int:
+    """Return how many of the agent's commands are not over."""
+    wanted = select(func.count()).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_OPEN))
+    return connection.execute(wanted).scalar_one()
+
+
+def list_ended_alone(connection: Connection, agent_id: str, limit: int) -> list[Command]:
+    """Return some of the agent's commands that were ended here without its word, see Command.is_ended_alone."""
+    wanted = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, IS_ENDED_ALONE).limit(limit)
+    return [_command_from(row) for row in connection.execute(wanted)]
+
+
+def list_queued(connection: Connection, agent_id: str, now: float, limit: int) -> list[Command]:
+    """Return the agent's first queued commands that have time left, oldest first."""
+    wanted = {"agent_id": agent_id, "now": now, "limit": limit}
+    return [_command_from(row) for row in connection.execute(_LIST_QUEUED, wanted)]
+
+
+def has_queued(connection: Connection, agent_id: str) -> bool:
+    return connection.execute(_ANY_QUEUED, {"agent_id": agent_id}).first() is not None
+
+
+def list_unsettled(connection: Connection, agent_id: str, instance_id: str, limit: int = 256) -> list[Command]:
+    """Return the agent's commands that were offered and are not over, then some of those that were lost before this
+    instance of the agent, which had been offered them, could answer."""
+    lost = (
+        select(COMMANDS)
+        .where(
+            COMMANDS.c.agent_id == agent_id,
+            COMMANDS.c.status == CommandStatus.LOST.value,
+            COMMANDS.c.offered_to == instance_id,
+            COMMANDS.c.accepted_at.is_(None),
+        )
+        .limit(limit)
+    )
+    given = select(COMMANDS).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.status.in_(_GIVEN))
     # Sorted here: asked for an order, SQLite would walk the agent's whole history in that order.
-    return [_command_from(row) for row in sorted(connection.execute(wanted), key=lambda row: row.sequence)]
+    rows = sorted(connection.execute(given), key=lambda row: row.sequence)
+    return [_command_from(row) for row in (*rows, *connection.execute(lost))]
+
+
+def count_orphans(connection: Connection, agent_id: str) -> int:
+    wanted = select(func.count()).where(COMMANDS.c.agent_id == agent_id, COMMANDS.c.is_orphan)
+    return connection.execute(wanted).scalar_one()
 
 
 def list_expirable(connection: Connection, now: float, limit: int = 1000) -> list[Command]:
     """Return queued commands whose time to be offered is over, oldest first."""
     overdue = select(COMMANDS).where(COMMANDS.c.status == CommandStatus.QUEUED.value, COMMANDS.c.expires_at <= now)
     return [_command_from(row) for row in connection.execute(overdue.order_by(COMMANDS.c.sequence).limit(limit))]
-
-
-def count_by_status(connection: Connection) -> dict[CommandStatus, int]:
-    """Return how many commands are stored in each status that occurs."""
-    rows = connection.execute(select(COMMANDS.c.status, func.count()).group_by(COMMANDS.c.status))
-    return {CommandStatus(status): count for status, count in rows}
 
 
 def update_command(
@@ -119,7 +196,10 @@ def update_command(
     """Change a command that is in one of the expected statuses and return it as it is now; else return None."""
     statement = _update_of(tuple(changes))
     expected = [status.value for status in expected_statuses]
-    row = connection.execute(statement, {"of_id": command_id, "expected": expected, **changes}).one_or_none()
+    values: dict[str, Any] = {"of_id": command_id, "expected": expected, **changes}
+    if "killed" in changes:
+        values["killed"] = _killed_text(changes["killed"])
+    row = connection.execute(statement, values).one_or_none()
     return None if row is None else _command_from(row)
 
 
@@ -141,6 +221,9 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
     truncated. Of each stream the first `keep_bytes / 2` bytes are kept, and of the rest the last `keep_bytes / 2`,
     both to whole pieces; what falls out marks the command as truncated too.
 
+    Pieces that follow each other are joined up to a 4096th of the quota (4 KiB): a command that prints a few bytes at a
+    time does not fill the database with rows.
+
     Returns:
         None when there is no such command (any more)."""
     row = connection.execute(_GET_OUTPUT_END, {"id": command_id}).one_or_none()
@@ -149,13 +232,26 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
     fresh, has_gap = _fresh_pieces(pieces, row.output_end)
     if not fresh:
         return int(row.output_end)
-    connection.execute(
-        _ADD_OUTPUT,
-        [
-            {"command_id": command_id, "position": p.position, "stream": p.stream, "offset": p.offset, "data": p.data}
-            for p in fresh
-        ],
-    )
+    joined_bytes = keep_bytes // 4096
+    stored = _get_last_piece(connection, command_id, row.output_end) if len(fresh[0].data) < joined_bytes else None
+    joined = _join(fresh if stored is None else [stored, *fresh], joined_bytes)
+    if stored is not None and joined[0] != stored:
+        connection.execute(_SET_OUTPUT, {"of_id": command_id, "at": stored.position, "data": joined[0].data})
+    added = joined if stored is None else joined[1:]
+    if added:
+        connection.execute(
+            _ADD_OUTPUT,
+            [
+                {
+                    "command_id": command_id,
+                    "position": p.position,
+                    "stream": p.stream,
+                    "offset": p.offset,
+                    "data": p.data,
+                }
+                for p in added
+            ],
+        )
     deleted = sum(_delete_middle(connection, command_id, stream, fresh, keep_bytes // 2) for stream in _STREAMS)
     connection.execute(
         _SET_OUTPUT_END,
@@ -171,12 +267,24 @@ def add_output(connection: Connection, command_id: str, pieces: Iterable[OutputP
     return fresh[-1].end
 
 
+def get_output_ends(connection: Connection, command_id: str, stream: Stream) -> tuple[int, int] | None:
+    """Return the position after the last stored byte, and the offset after the last one of that stream.
+
+    Returns:
+        None when there is no such command."""
+    row = connection.execute(_GET_OUTPUT_END, {"id": command_id}).one_or_none()
+    if row is None:
+        return None
+    last = connection.execute(_GET_STREAM_END, {"id": command_id, "stream": stream}).scalar_one_or_none()
+    return int(row.output_end), int(last or 0)
+
+
 def list_output(
     connection: Connection,
     command_id: str,
     from_position: int,
     limit_bytes: int,
-    stream: Literal["stdout", "stderr"] | None = None,
+    stream: Stream | None = None,
 ) -> list[OutputPiece]:
     """Return stored pieces from a position on, in order; of one stream only, when it is given.
 
@@ -203,6 +311,53 @@ def list_output(
         of_command, position >= start, position < max(start, from_position) + limit_bytes
     )
     return [_piece_from(row, from_position) for row in connection.execute(wanted.order_by(position))]
+
+
+@dataclass(frozen=True, slots=True)
+class KeptOutput:
+    """What is stored of a command's output, in offsets of one stream or, of both, in positions."""
+
+    size_bytes: int  # kept, all of it
+    end: int  # after the last byte that is kept
+    gaps: tuple[tuple[int, int], ...]  # first bytes missing, first bytes there again; those from an address on
+
+
+def describe_output(
+    connection: Connection,
+    command_id: str,
+    stream: Stream | None = None,
+    *,
+    gaps_from: int = 0,
+    max_gaps: int = 1,
+) -> KeptOutput:
+    """Return what is kept, and the first `max_gaps` gaps that reach beyond the address `gaps_from`."""
+    at, of_command = _address_of(command_id, stream)
+    end = at + func.length(COMMAND_OUTPUT.c.data)
+    size_bytes, last = connection.execute(
+        select(func.coalesce(func.sum(func.length(COMMAND_OUTPUT.c.data)), 0), func.coalesce(func.max(end), 0)).where(
+            of_command
+        )
+    ).one()
+    pieces = select(at.label("at"), func.lag(end, 1, 0).over(order_by=at).label("before")).where(of_command).subquery()
+    gaps = (
+        select(pieces.c.before, pieces.c.at)
+        .where(pieces.c.at > pieces.c.before, pieces.c.at > gaps_from)
+        .order_by(pieces.c.at)
+        .limit(max_gaps)
+    )
+    return KeptOutput(size_bytes, last, tuple((row.before, row.at) for row in connection.execute(gaps)))
+
+
+def find_position(connection: Connection, command_id: str, stream: Stream, offset: int) -> int:
+    """Return the position of a stored byte of one stream."""
+    of_stream = (COMMAND_OUTPUT.c.command_id == command_id) & (COMMAND_OUTPUT.c.stream == stream)
+    found = connection.execute(
+        select(COMMAND_OUTPUT.c.position - COMMAND_OUTPUT.c.offset)
+        .where(of_stream, COMMAND_OUTPUT.c.offset <= offset)
+        .order_by(COMMAND_OUTPUT.c.offset.desc())
+        .limit(1)
+    ).scalar_one_or_none()
+    return offset if found is None else int(found) + offset
 
 
 def tail_output(connection: Connection, command_id: str, limit_bytes: int) -> list[OutputPiece]:
@@ -235,16 +390,30 @@ def tail_outputs(connection: Connection, command_ids: Sequence[str], limit_bytes
 
 
 def delete_old_commands(connection: Connection, before: float, limit: int) -> int:
-    """Remove the oldest commands that are over and were made before then, with their output; return how many.
+    """Remove up to `limit` of the oldest commands that are over and were made before then, or some of their output.
 
-    With `limit`, each call is a short transaction: call again while it returns that many."""
+    Each call is a short transaction: call again while it returns `limit`."""
     oldest = (
         select(COMMANDS.c.sequence)
         .where(COMMANDS.c.created_at < before, COMMANDS.c.status.not_in(_OPEN))
         .order_by(COMMANDS.c.created_at)
         .limit(limit)
     )
+    if _delete_pieces(connection, COMMANDS.c.sequence.in_(oldest)):
+        return limit
     return connection.execute(delete(COMMANDS).where(COMMANDS.c.sequence.in_(oldest))).rowcount
+
+
+def delete_output_of_agent(connection: Connection, agent_id: str) -> bool:
+    """Remove some of the output of an agent's commands; return whether there may be more of it."""
+    return _delete_pieces(connection, COMMANDS.c.agent_id == agent_id)
+
+
+def _delete_pieces(connection: Connection, of_commands: ColumnElement[bool]) -> bool:
+    """Remove up to PIECES_IN_TRANSACTION pieces of these commands; return whether there may be more."""
+    key = (COMMAND_OUTPUT.c.command_id, COMMAND_OUTPUT.c.position)
+    some = select(*key).join_from(COMMANDS, COMMAND_OUTPUT).where(of_commands).limit(PIECES_IN_TRANSACTION)
+    return connection.execute(delete(COMMAND_OUTPUT).where(tuple_(*key).in_(some))).rowcount >= PIECES_IN_TRANSACTION
 
 
 def _fresh_pieces(pieces: Iterable[OutputPiece], output_end: int) -> tuple[list[OutputPiece], bool]:
@@ -260,6 +429,26 @@ def _fresh_pieces(pieces: Iterable[OutputPiece], output_end: int) -> tuple[list[
     return fresh, has_gap
 
 
+def _get_last_piece(connection: Connection, command_id: str, output_end: int) -> OutputPiece | None:
+    """Return the piece that ends where the stored output does, None where there is none."""
+    row = connection.execute(_GET_LAST_PIECE, {"id": command_id}).one_or_none()
+    last = None if row is None else _piece_from(row, 0)
+    return last if last is not None and last.end == output_end else None
+
+
+def _join(pieces: Iterable[OutputPiece], limit_bytes: int) -> list[OutputPiece]:
+    """Return the pieces with those joined that follow each other in one stream and are short enough together."""
+    joined: list[OutputPiece] = []
+    for piece in pieces:
+        last = joined[-1] if joined else None
+        is_next = last is not None and (last.stream, last.end) == (piece.stream, piece.position)
+        if last is not None and is_next and len(last.data) + len(piece.data) <= limit_bytes:
+            joined[-1] = replace(last, data=last.data + piece.data)
+        else:
+            joined.append(piece)
+    return joined
+
+
 def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:
     """Return the piece without its bytes before `position`."""
     cut = max(position - piece.position, 0)
@@ -270,7 +459,7 @@ def _cut_before(piece: OutputPiece, position: int) -> OutputPiece:
     )
 
 
-def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) -> int:
+def _end_of(stream: Stream, pieces: Iterable[OutputPiece]) -> int:
     """Return the offset after the last of that stream's pieces, 0 when there are none."""
     return max((piece.offset + len(piece.data) for piece in pieces if piece.stream == stream), default=0)
 
@@ -278,7 +467,7 @@ def _end_of(stream: Literal["stdout", "stderr"], pieces: Iterable[OutputPiece]) 
 def _delete_middle(
     connection: Connection,
     command_id: str,
-    stream: Literal["stdout", "stderr"],
+    stream: Stream,
     fresh: Iterable[OutputPiece],
     half_bytes: int,
 ) -> int:
@@ -300,6 +489,14 @@ def _delete_middle(
     ).rowcount
 
 
+def _address_of(command_id: str, stream: Stream | None) -> tuple[Column[int], ColumnElement[bool]]:
+    """Return what addresses a piece, and which pieces are meant."""
+    of_command = COMMAND_OUTPUT.c.command_id == command_id
+    if stream is None:
+        return COMMAND_OUTPUT.c.position, of_command
+    return COMMAND_OUTPUT.c.offset, of_command & (COMMAND_OUTPUT.c.stream == stream)
+
+
 def _last_position_before(command_id: str, position: int) -> Any:
     return (
         select(func.max(COMMAND_OUTPUT.c.position))
@@ -317,6 +514,14 @@ def _float_or_none(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
+def _killed_text(killed: Sequence[KilledProcess]) -> str | None:
+    return json.dumps([asdict(each) for each in killed], separators=(",", ":")) if killed else None
+
+
+def _killed_from(text: str | None) -> tuple[KilledProcess, ...]:
+    return tuple(KilledProcess(**each) for each in json.loads(text)) if text else ()
+
+
 def _command_from(row: Row[Any]) -> Command:
     # SQLite's RETURNING gives whole floats as integers: hence float().
     return Command(
@@ -330,6 +535,7 @@ def _command_from(row: Row[Any]) -> Command:
         created_by=row.created_by,
         expires_at=float(row.expires_at),
         offered_to=row.offered_to,
+        accepted_at=_float_or_none(row.accepted_at),
         started_at=_float_or_none(row.started_at),
         finished_at=_float_or_none(row.finished_at),
         cancel_requested_at=_float_or_none(row.cancel_requested_at),
@@ -339,5 +545,8 @@ def _command_from(row: Row[Any]) -> Command:
         output_end=row.output_end,
         truncated=row.truncated,
         late=row.late,
+        is_orphan=row.is_orphan,
+        killed=_killed_from(row.killed),
+        killed_count=row.killed_count,
         error=row.error,
     )

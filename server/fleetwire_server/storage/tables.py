@@ -1,6 +1,6 @@
 """Every table, on one MetaData. Times are Unix seconds; JSON is kept as TEXT. A change here needs a migration."""
 
-from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import Boolean, Column, Float, ForeignKey, Index, Integer, LargeBinary, MetaData, Table, Text, text
 
 from fleetwire_server.model import METRIC_NAMES
 
@@ -17,6 +17,11 @@ METADATA = MetaData(
 def _required(name: str, kind: type[Float[float]] | type[Integer] | type[Text], *more: ForeignKey) -> Column[object]:
     return Column(name, kind, *more, nullable=False)
 
+
+IS_ENDED_ALONE = text("offered_to IS NULL AND accepted_at IS NULL AND status IN ('cancelled', 'expired')")
+"""Of COMMANDS: see Command.is_ended_alone. A database takes an index on some rows only for a query that has the same
+words: with values bound to it, it would not. SQLite takes this one for its second column, as it guesses without
+counting: of two indexes on the agent alone it would take the other."""
 
 USERS = Table(
     "users",
@@ -87,6 +92,7 @@ COMMANDS = Table(
     _required("created_by", Text),  # no foreign key: what a removed user started stays known as theirs
     _required("expires_at", Float),
     Column("offered_to", Text),
+    Column("accepted_at", Float),
     Column("started_at", Float),
     Column("finished_at", Float),
     Column("cancel_requested_at", Float),
@@ -96,11 +102,15 @@ COMMANDS = Table(
     _required("output_end", Integer),
     Column("truncated", Boolean, nullable=False),
     Column("late", Boolean, nullable=False),
+    Column("is_orphan", Boolean, nullable=False, server_default=text("0")),
+    Column("killed", Text),  # JSON, list of objects; null when there are none
+    Column("killed_count", Integer, nullable=False, server_default=text("0")),
     Column("error", Text),
     Index(None, "agent_id", "sequence"),
     Index(None, "agent_id", "status"),
     Index(None, "status", "expires_at"),
     Index(None, "created_at"),
+    Index("commands_ended_alone", "agent_id", "status", sqlite_where=IS_ENDED_ALONE, postgresql_where=IS_ENDED_ALONE),
     sqlite_autoincrement=True,
 )
 
@@ -113,6 +123,19 @@ COMMAND_OUTPUT = Table(
     _required("offset", Integer),
     Column("data", LargeBinary, nullable=False),
     Index(None, "command_id", "stream", "offset"),
+)
+
+COMMAND_KEYS = Table(
+    "command_keys",
+    METADATA,
+    Column("agent_id", Text, primary_key=True),
+    Column("username", Text, primary_key=True),  # no foreign key: as with created_by
+    Column("key", Text, primary_key=True),
+    _required("body_hash", Text),
+    _required("command_id", Text, ForeignKey("commands.id", ondelete="CASCADE")),
+    _required("created_at", Float),
+    Index(None, "command_id"),
+    Index(None, "created_at"),
 )
 
 METRICS_MINUTES = Table(

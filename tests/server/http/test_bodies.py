@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.callers import Callers
+from tests.support.callers import CHANGED_USER, Callers
 from tests.support.processes import ServerProcess
 from tests.support.raw_http import RawAnswer, send_raw
 
@@ -64,7 +64,7 @@ def credentials(route: Route, callers: Callers) -> dict[str, str]:
 
 
 def path_of(route: Route, callers: Callers) -> str:
-    return route.path.format(agent_id=callers.agent_id, command_id="cmd_unknown", name="operator", channel_id="ch_x")
+    return route.path.format(agent_id=callers.agent_id, command_id="cmd_unknown", name=CHANGED_USER, channel_id="ch_x")
 
 
 def send_body(

@@ -1,0 +1,1 @@
+"""scripts/chaos: commands must survive kills, freezes and cut links, and a checker who knows the truth says whether."""
