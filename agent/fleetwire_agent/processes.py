@@ -21,17 +21,14 @@ from fleetwire_agent.process_table import (
     ProcessRow,
     read_process,
     set_child_subreaper,
-    signal_all,
 )
+from fleetwire_agent.runner.stop import Stop, describe_survivors
 from fleetwire_shared.errors import UnavailableError
 
 KILL_GRACE_SECONDS: Final = 2.0
 """Between SIGTERM and SIGKILL."""
 
 _STDERR_BYTES: Final = 4096
-_GIVE_UP_SECONDS: Final = 5.0  # after SIGKILL; a process in uninterruptible sleep dies when its device answers
-_FIRST_SCAN_DELAY_SECONDS: Final = 0.005
-_LONGEST_SCAN_DELAY_SECONDS: Final = 0.1
 
 _log = logging.getLogger(__name__)
 
@@ -220,27 +217,13 @@ async def kill_process(process: Process, *, grace_seconds: float = KILL_GRACE_SE
     Returns:
         The pids that even SIGKILL did not end within 5 s; empty in all but the strangest cases."""
     family = Family([process.row], within=os.getpid())
-    kill_at = time.monotonic() + grace_seconds
-    told: set[tuple[int, int]] = set()
-    delay_seconds = _FIRST_SCAN_DELAY_SECONDS
+    stop = Stop(family, None, now=time.monotonic(), grace_seconds=grace_seconds)
     # Scans run in a thread: thousands of processes take a while, and heartbeats must not wait for that.
-    while members := await asyncio.to_thread(family.read_members):
-        now = time.monotonic()
-        if now > kill_at + _GIVE_UP_SECONDS:
-            _log.error("processes %s survived SIGKILL", sorted(row.pid for row in members))
-            return sorted(row.pid for row in members)
-        fresh = [row for row in members if row.identity not in told]
-        if now >= kill_at:
-            signal_all(members, signal.SIGKILL)
-            delay_seconds = _FIRST_SCAN_DELAY_SECONDS if fresh else delay_seconds  # outrun what forks
-        else:
-            signal_all(fresh, signal.SIGTERM)
-            signal_all(fresh, signal.SIGCONT)  # a stopped process would sleep through SIGTERM
-            delay_seconds = min(delay_seconds, kill_at - now)
-        told |= {row.identity for row in fresh}
-        await asyncio.sleep(delay_seconds)
-        delay_seconds = min(delay_seconds * 2, _LONGEST_SCAN_DELAY_SECONDS)
-    return []
+    while not await asyncio.to_thread(stop.step, time.monotonic()):  # noqa: ASYNC110 - /proc tells of nothing by itself
+        await asyncio.sleep(max(0.0, stop.next_at - time.monotonic()))
+    if stop.survivors:
+        _log.error("%s", describe_survivors(stop.survivors))
+    return stop.survivors
 
 
 async def read_output(

@@ -229,8 +229,7 @@ def stop_commands(directory: Path, *, seconds: float = STOP_SECONDS) -> list[str
     if not is_own_directory(directory):
         return []
     deadline = time.monotonic() + seconds
-    places = [path for path in directory.iterdir() if path.is_dir()]
-    links = {path.name: link for path in places if (link := _connect_until(deadline, path)) is not None}
+    links = {path.name: link for path in directory.iterdir() if (link := _connect_until(deadline, path)) is not None}
     for link in links.values():
         link.send("stop interrupted")
     left = [name for name, link in links.items() if not link.wait_for_end(deadline)]
