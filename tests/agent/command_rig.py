@@ -88,9 +88,10 @@ class Rig:
         await self.wait_until(lambda: bool(self.finished(command_id)), timeout_seconds=timeout_seconds)
         return self.finished(command_id)[0]
 
-    async def rejection_of(self, command_id: str = "cmd_1") -> CommandRejected:
-        await self.wait_until(lambda: bool(self.rejected(command_id)))
-        return self.rejected(command_id)[0]
+    async def rejection_of(self, command_id: str = "cmd_1", count: int = 1) -> CommandRejected:
+        """Return the last of so many rejections."""
+        await self.wait_until(lambda: len(self.rejected(command_id)) >= count)
+        return self.rejected(command_id)[-1]
 
     async def first_line(self, command_id: str = "cmd_1") -> int:
         """The first line a command prints is the pid that a test is about."""

@@ -3,18 +3,16 @@
 import asyncio
 import base64
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.agent.command_rig import no_room
+from tests.agent.command_rig import Rig, make_offer, no_room, open_rig
 
 from fleetwire_agent.command_states import State
 from fleetwire_agent.commands import Commands
-from fleetwire_agent.config import Profile
-from fleetwire_agent.ledger import CommandMessage, Ledger
+from fleetwire_agent.ledger import Ledger
 from fleetwire_agent.process_table import read_process
 from fleetwire_agent.processes import Spawner
 from fleetwire_agent.runner.shell import split_incomplete_character
@@ -23,99 +21,10 @@ from fleetwire_shared.limits import CHUNK_BYTES, OUTPUT_WINDOW_BYTES
 from fleetwire_shared.messages import (
     CommandAccepted,
     CommandCancel,
-    CommandFinished,
     CommandOffer,
-    CommandOutput,
-    CommandRejected,
     CommandStarted,
     Settlement,
 )
-
-
-def make_offer(command: str, *, command_id: str = "cmd_1", timeout_seconds: float = 30.0) -> CommandOffer:
-    return CommandOffer(
-        command_id=command_id, kind="shell", command=command, timeout_seconds=timeout_seconds, remaining_seconds=60.0
-    )
-
-
-class Rig:
-    """Commands with a ledger, and a server that is a list of what it was told."""
-
-    def __init__(self, commands: Commands, ledger: Ledger) -> None:
-        self.commands = commands
-        self.ledger = ledger
-        self.told: list[CommandMessage] = []
-        self.stores_output = True
-        self._changed = asyncio.Event()
-
-    async def receive(self, message: CommandMessage) -> None:
-        self.told.append(message)
-        if isinstance(message, CommandOutput) and self.stores_output:
-            end = message.position + len(base64.b64decode(message.base64))
-            self.commands.note_output_stored(message.command_id, end)
-        self._changed.set()
-
-    async def wait_until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
-            while not condition():
-                self._changed.clear()
-                await self._changed.wait()
-
-    def finished(self, command_id: str = "cmd_1") -> list[CommandFinished]:
-        return [item for item in self.told if isinstance(item, CommandFinished) and item.command_id == command_id]
-
-    def pieces(self, command_id: str = "cmd_1") -> list[CommandOutput]:
-        return [item for item in self.told if isinstance(item, CommandOutput) and item.command_id == command_id]
-
-    def output(self, stream: str, command_id: str = "cmd_1") -> bytes:
-        pieces = self.pieces(command_id)
-        return b"".join(base64.b64decode(piece.base64) for piece in pieces if piece.stream == stream)
-
-    async def result_of(self, command_id: str = "cmd_1") -> CommandFinished:
-        await self.wait_until(lambda: bool(self.finished(command_id)))
-        return self.finished(command_id)[0]
-
-    async def run(self, command: str, *, timeout_seconds: float = 30.0) -> CommandFinished:
-        self.commands.offer(make_offer(command, timeout_seconds=timeout_seconds))
-        return await self.result_of()
-
-    async def rejection_of(self, command_id: str = "cmd_1", count: int = 1) -> CommandRejected:
-        """Return the last of so many rejections."""
-
-        def find() -> list[CommandRejected]:
-            return [item for item in self.told if isinstance(item, CommandRejected) and item.command_id == command_id]
-
-        await self.wait_until(lambda: len(find()) >= count)
-        return find()[-1]
-
-
-@asynccontextmanager
-async def open_rig(directory: Path, *, max_at_once: int = 32, profile: Profile = "manage") -> AsyncIterator[Rig]:
-    environment = {"PATH": os.environ["PATH"]}
-    with Spawner(environment) as spawner:
-        ledger = Ledger(directory, boot_id="this boot", new_instance_id="instance")
-        found = ledger.open()
-        ledger.begin()
-        commands = Commands(
-            launcher=find_launcher(spawner),
-            ledger=ledger,
-            environment=environment,
-            max_at_once=max_at_once,
-            profile=profile,
-            grace_seconds=0.5,
-        )
-        rig = Rig(commands, ledger)
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(commands.serve(found)), group.create_task(commands.deliver(rig.receive))]
-            await asyncio.sleep(0)
-            commands.connect()
-            try:
-                yield rig
-            finally:
-                await commands.stop()
-                for task in tasks:
-                    task.cancel()
-        await asyncio.to_thread(ledger.close)
 
 
 @pytest.fixture
@@ -359,7 +268,7 @@ async def test_the_profile_monitor_runs_no_command(tmp_path: Path) -> None:
 
 async def test_the_profile_monitor_runs_nothing_that_waits_in_its_ledger(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    ledger = Ledger(tmp_path / "state", boot_id="this boot", new_instance_id="instance")
+    ledger = Ledger(tmp_path / "state", boot_id="boot", new_instance_id="instance")
     ledger.open()
     for number in (1, 2):
         await ledger.add(make_offer(f"echo ran >> {runs}", command_id=f"cmd_{number}"))[1]
@@ -416,7 +325,7 @@ async def test_the_agents_removal_interrupts_what_runs_and_withdraws_what_waits(
 async def test_another_agent_finds_a_running_command_again(tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     with Spawner({"PATH": os.environ["PATH"]}) as spawner:
-        ledger = Ledger(tmp_path / "state", boot_id="this boot", new_instance_id="instance")
+        ledger = Ledger(tmp_path / "state", boot_id="boot", new_instance_id="instance")
         ledger.open()
         ledger.begin()
         commands = Commands(launcher=find_launcher(spawner), ledger=ledger, environment={"PATH": os.environ["PATH"]})
